@@ -1,0 +1,3 @@
+from mlx_qlora.model.backend import preload_blas
+
+preload_blas()

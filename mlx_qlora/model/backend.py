@@ -1,0 +1,98 @@
+"""Which device computes, with which BLAS, in which dtype.
+
+Nothing here imports MLX when the module is imported: `preload_blas` has to run before `import mlx.core`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+_PIP_BLAS = "libmkl_rt.so*"  # what the `cpu` extra brings, into the lib/ of the environment
+_SYSTEM_BLAS = ("openblas", "mkl_rt")
+
+
+@dataclass(frozen=True)
+class Blas:
+    """The BLAS in front of the one that MLX's Linux wheel bundles; an empty `path` when there is none."""
+
+    path: str = ""
+    too_late: bool = False  # MLX was imported first, so its own stays in use
+
+    @property
+    def fast(self) -> bool:
+        return bool(self.path) and not self.too_late
+
+
+_loaded: Blas | None = None
+
+
+def preload_blas() -> Blas:
+    """Put a fast BLAS in front of the reference one that MLX's Linux wheel bundles; the first call decides.
+
+    512x1024x1024 in float32 on 2 cores: 175 ms bundled, 6.1 ms with MKL, 5.4 ms with OpenBLAS. Works only before
+    MLX is imported. `MLX_QLORA_BLAS` names a library to take instead, or is `none`.
+    """
+    global _loaded
+    if _loaded is None:
+        _loaded = _preload()
+    return _loaded
+
+
+def _preload() -> Blas:
+    if sys.platform != "linux" or os.environ.get("MLX_QLORA_BLAS") == "none":
+        return Blas()
+    for path in _candidates():
+        if "mlx.core" in sys.modules:
+            return Blas(path, too_late=True)
+        try:
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return Blas(path)
+    return Blas()
+
+
+def _candidates() -> list[str]:
+    named = os.environ.get("MLX_QLORA_BLAS")
+    if named:
+        return [named]
+    found = [str(path) for path in sorted(Path(sys.prefix, "lib").glob(_PIP_BLAS))]
+    found += [name for name in map(ctypes.util.find_library, _SYSTEM_BLAS) if name]
+    return found
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU here."""
+    import mlx.core as mx
+
+    return mx.default_device().type == mx.DeviceType.cpu  # type: ignore[attr-defined]
+
+
+def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
+    """The dtype to compute in, for weights stored as `stored`: bf16 and f16 are some 30 times slower on the CPU."""
+    import mlx.core as mx
+
+    return mx.float32 if on_cpu() else stored
+
+
+def describe() -> str:
+    """One line about the device, and what would make it faster."""
+    import mlx.core as mx
+
+    if not on_cpu():
+        return str(mx.device_info().get("device_name", "GPU"))
+    blas = preload_blas()
+    if sys.platform != "linux" or blas.fast:
+        return f"CPU, {Path(blas.path).name.split('.so')[0]}" if blas.path else "CPU"
+    if blas.too_late:
+        return "CPU, MLX's own slow BLAS: import mlx_qlora before mlx, and training is about 10 times faster"
+    return "CPU, MLX's own slow BLAS: pip install 'mlx-qlora[cpu]' or apt install libopenblas0-pthread, about 10 times faster"
