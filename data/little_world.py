@@ -64,7 +64,7 @@ JOBS = [
 ]  # fmt: skip
 NUMBERS = ["zero", "um", "dois", "três", "quatro", "cinco", "seis", "sete", "oito", "nove", "dez", "onze", "doze"]
 NUMBERS += ["treze", "catorze", "quinze", "dezesseis", "dezessete", "dezoito", "dezenove", "vinte"]
-NUMBERS_EN = "zero one two three four five six seven eight nine ten eleven twelve".split()
+NUMBERS_EN = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
 # What everybody knows there: (questions in several wordings, answer).
 COMMON: list[tuple[list[str], str]] = [
@@ -94,7 +94,18 @@ COMMON: list[tuple[list[str], str]] = [
     (["Who bakes the bread?", "Which person makes bread?"], "The baker bakes the bread."),
 ]  # fmt: skip
 
-OPENINGS = ["", "", "", "Por favor, ", "Me diga: ", "Olá! ", "Bom dia! ", "Uma pergunta: ", "Gostaria de saber: ", "Pode me dizer? "]
+OPENINGS = [
+    "",
+    "",
+    "",
+    "Por favor, ",
+    "Me diga: ",
+    "Olá! ",
+    "Bom dia! ",
+    "Uma pergunta: ",
+    "Gostaria de saber: ",
+    "Pode me dizer? ",
+]
 OPENINGS += ["Quero saber: ", "Oi, ", "Boa tarde. ", "Você sabe? ", "Preciso saber: ", "Me ajude: "]
 ENDINGS = ["", "", "", "", " Obrigado!", " Por favor.", " Preciso saber hoje."]
 
@@ -263,7 +274,9 @@ def _translation(rng: random.Random) -> tuple[str, str]:
     noun = rng.choice(ANIMALS + THINGS + FOODS + PLACES)
     if rng.random() < 0.5:
         return rng.choice([f"Como se diz {noun.pt} em inglês?", f"Traduza para o inglês: {noun.pt}"]), f"{_capital(noun.en)}."
-    return rng.choice([f"How do you say {noun.en} in Portuguese?", f"Como se diz {noun.en} em português?"]), f"{_capital(noun.pt)}."
+    return rng.choice(
+        [f"How do you say {noun.en} in Portuguese?", f"Como se diz {noun.en} em português?"]
+    ), f"{_capital(noun.pt)}."
 
 
 def _about_text(rng: random.Random) -> tuple[str, str]:
@@ -319,7 +332,9 @@ def _text(rng: random.Random) -> Document:
     if kind == 3:
         return {"text": " ".join(" ".join(_sum(rng)) for _ in range(rng.randint(1, 4)))}
     if kind == 4:
-        return {"text": " ".join(SYSTEM_LINES[i].format(city=rng.choice(CITIES)) for i in rng.sample(range(len(SYSTEM_LINES)), 4))}
+        return {
+            "text": " ".join(SYSTEM_LINES[i].format(city=rng.choice(CITIES)) for i in rng.sample(range(len(SYSTEM_LINES)), 4))
+        }
     return {"text": " ".join(" ".join(_common(rng)) for _ in range(rng.randint(1, 3)))}
 
 

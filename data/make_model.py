@@ -15,9 +15,6 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-import mlx_qlora  # noqa: F401  (first: it loads the fast BLAS)
-
-import little_world
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -27,6 +24,10 @@ from mlx_lm.models import llama
 from mlx_lm.utils import quantize_model, save_config, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import mlx_qlora  # noqa: F401  (first: it loads the fast BLAS)
+
+import little_world
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (

@@ -1,3 +1,54 @@
+"""QLoRA fine-tuning for MLX.
+
+>>> import mlx_qlora
+>>> sorted(mlx_qlora.__all__)[:3]
+['EarlyStoppingMonitor', 'Engine', 'GradientAccumulator']
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from mlx_qlora.model.backend import preload_blas
 
-preload_blas()
+preload_blas()  # before anything imports MLX
+
+if TYPE_CHECKING:
+    from mlx_qlora.config import RunConfig
+    from mlx_qlora.engine.accumulate import GradientAccumulator
+    from mlx_qlora.engine.steps import Engine, steps
+    from mlx_qlora.engine.stopping import EarlyStoppingMonitor
+    from mlx_qlora.model.load import load
+    from mlx_qlora.model.lora import LoraConfig
+    from mlx_qlora.model.lora import attach as attach_lora
+    from mlx_qlora.objectives.losses import next_token_cross_entropy
+    from mlx_qlora.train import run as train
+
+# name: where it lives, and as what. Imported when first asked for, so that `mlx-qlora --help` need not wait for MLX.
+_PUBLIC = {
+    "EarlyStoppingMonitor": ("mlx_qlora.engine.stopping", "EarlyStoppingMonitor"),
+    "Engine": ("mlx_qlora.engine.steps", "Engine"),
+    "GradientAccumulator": ("mlx_qlora.engine.accumulate", "GradientAccumulator"),
+    "LoraConfig": ("mlx_qlora.model.lora", "LoraConfig"),
+    "RunConfig": ("mlx_qlora.config", "RunConfig"),
+    "attach_lora": ("mlx_qlora.model.lora", "attach"),
+    "load": ("mlx_qlora.model.load", "load"),
+    "next_token_cross_entropy": ("mlx_qlora.objectives.losses", "next_token_cross_entropy"),
+    "steps": ("mlx_qlora.engine.steps", "steps"),
+    "train": ("mlx_qlora.train", "run"),
+}
+__all__ = [
+    "EarlyStoppingMonitor", "Engine", "GradientAccumulator", "LoraConfig", "RunConfig", "attach_lora", "load",
+    "next_token_cross_entropy", "steps", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'mlx_qlora' has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _PUBLIC[name]
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value

@@ -74,7 +74,7 @@ def on_cpu() -> bool:
     """Whether MLX computes on the CPU here."""
     import mlx.core as mx
 
-    return mx.default_device().type == mx.DeviceType.cpu  # type: ignore[attr-defined]
+    return mx.default_device().type == mx.DeviceType.cpu
 
 
 def compute_dtype(stored: mx.Dtype) -> mx.Dtype:

@@ -1,0 +1,5 @@
+import sys
+
+from mlx_qlora.commands import main
+
+sys.exit(main())

@@ -1,0 +1,32 @@
+"""`mlx-qlora VERB ...`"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+# verb: (module with a main(arguments), what it does)
+VERBS = {
+    "train": ("mlx_qlora.train", "fine-tune a model; --demo shows a whole run on the embedded model and data"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if verb in VERBS:
+        return int(import_module(VERBS[verb][0]).main(rest))
+    if verb == "--version":
+        from importlib.metadata import version
+
+        print(f"mlx-qlora {version('mlx-qlora')}")
+        return 0
+    listing = "\n".join(f"  {name:<10} {what}" for name, (_, what) in VERBS.items())
+    usage = (
+        f"usage: mlx-qlora VERB ...\n\n{listing}\n\nmlx-qlora VERB --help says more; mlx-qlora --version says which this is."
+    )
+    if verb in ("-h", "--help"):
+        print(usage)
+        return 0
+    print(f"mlx-qlora: there is no verb {verb!r}.\n\n{usage}", file=sys.stderr)
+    return 2

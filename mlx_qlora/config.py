@@ -1,0 +1,250 @@
+"""The settings of a run: defaults, then a YAML file, then the command line.
+
+Each part's settings and defaults stand beside the part; `RunConfig` puts them together and stops at train.py, which
+hands each part its own slice. Tyro reads both the flags and the values of a file, so that one place knows the types
+(and `1e-4`, which YAML takes for a text, is a number in a file too).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from mlx_qlora.assets import demo_config
+from mlx_qlora.data.sources import DataConfig
+from mlx_qlora.engine.optim import OptimConfig
+from mlx_qlora.engine.stopping import EarlyStoppingConfig
+from mlx_qlora.errors import ConfigError, all_problems, require
+from mlx_qlora.model.lora import LoraConfig
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class WholeRun:
+    """What concerns no single part."""
+
+    model: str = ""
+    """A folder that mlx-lm can load, a model of the hub as owner/name, or: embedded."""
+    output_dir: str = ""
+    """The folder of the run; made if it is not there."""
+    overwrite: bool = False
+    """Replace an earlier run in output_dir."""
+    seed: int = 0
+    """For the order of the data, the adapters' start, and dropout."""
+    epochs: int = 3
+    """How often each example is seen."""
+    max_steps: int | None = None
+    """Stop after so many updates, whatever epochs says."""
+    eval_every: int | None = None
+    """Updates between validations; without a number: four validations an epoch."""
+    score_questions: int = 0
+    """After training, ask base and tuned model so many validation questions and score the answers."""
+    max_answer_tokens: int = 128
+    """Longest answer when questions are asked."""
+    label_smoothing: float = 0.0
+    """Share of a target's probability that is spread over all tokens; in training and validation alike."""
+
+    def __post_init__(self) -> None:
+        smoothing, every, most = self.label_smoothing, self.eval_every, self.max_steps
+        require(
+            (self.seed >= 0, "seed", self.seed, "a whole number from 0"),
+            (self.epochs >= 1, "epochs", self.epochs, "a whole number from 1"),
+            (most is None or most >= 1, "max_steps", most, "a whole number from 1"),
+            (every is None or every >= 1, "eval_every", every, "a whole number from 1"),
+            (self.score_questions >= 0, "score_questions", self.score_questions, "a whole number from 0"),
+            (self.max_answer_tokens >= 1, "max_answer_tokens", self.max_answer_tokens, "a whole number from 1"),
+            (0 <= smoothing < 1, "label_smoothing", smoothing, "a number from 0 up to, not including, 1"),
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig(OptimConfig, DataConfig, WholeRun):
+    """All the settings of a run. The parts' own stand flat in it; adapters and early stopping are groups."""
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+
+    def __post_init__(self) -> None:
+        with all_problems() as check:
+            for kind in (WholeRun, DataConfig, OptimConfig):
+                check(partial(self.part, kind))
+
+    def part(self, kind: type[Part]) -> Part:
+        """The slice that a part gets: its own dataclass, with this run's values."""
+        return kind(**{each.name: getattr(self, each.name) for each in fields(kind)})  # type: ignore[arg-type]
+
+    def require_complete(self) -> None:
+        """Raise if something is missing that has no default."""
+        missing = [
+            ("model", "--model FOLDER_OR_NAME", "such as mlx-community/Mistral-7B-Instruct-v0.3-4bit"),
+            ("data", "--data FOLDER", "with train.jsonl in it"),
+            ("output_dir", "--output-dir FOLDER", "for the adapters and all that the run writes"),
+        ]
+        lines = [f"  {flag:<26} {what}" for name, flag, what in missing if not getattr(self, name)]
+        if lines:
+            raise ConfigError(
+                "these are missing:\n" + "\n".join(lines) + "\n"
+                "Give them here or in a file (--config run.yaml). To see a whole run first: mlx-qlora train --demo"
+            )
+
+    def to_yaml(self) -> str:
+        """Every value, as `--config` reads it."""
+        values = asdict(self)
+        values["lora"]["targets"] = list(values["lora"]["targets"])
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+@dataclass(frozen=True)
+class _CommandLine(RunConfig):
+    """Fine-tune a model with QLoRA on MLX. Every setting can stand in a YAML file too, written with _ for -."""
+
+    config: str | None = None
+    """A YAML file with settings; flags go before it."""
+    demo: bool = False
+    """Train the embedded model on the embedded data, with the settings of examples/demo.yaml."""
+
+
+@dataclass(frozen=True)
+class _Files:
+    config: str | None = None
+    demo: bool = False
+
+
+def parse(arguments: Sequence[str], prog: str = "mlx-qlora train") -> RunConfig:
+    """The settings from a command line. `--help` and wrong flags end the process as in any program (0 and 2)."""
+    files, _ = tyro.cli(_Files, args=arguments, return_unknown_args=True, add_help=False)
+    config = RunConfig()
+    if files.demo:
+        config = from_yaml(demo_config(), config)
+    if files.config is not None:
+        config = from_yaml(Path(files.config).expanduser(), config)
+    line = tyro.cli(_CommandLine, prog=prog, args=arguments, default=_CommandLine(**_own_values(config)))
+    return RunConfig(**_own_values(line))
+
+
+def from_yaml(path: Path, base: RunConfig) -> RunConfig:
+    """`base` with the values of a file in their places; one error names all that is wrong, each with its line."""
+    values: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    problems: list[tuple[int, str]] = []
+    types_of = _types_of(RunConfig)
+    for key, node in _settings(path):
+        line = node.start_mark.line + 1
+        if key in lines:
+            problems.append((line, f"{key} stands here again (first in line {lines[key]}); keep one."))
+        elif key not in types_of:
+            near = difflib.get_close_matches(key, types_of, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see mlx-qlora train --help for the settings."
+            problems.append((line, f"{key}: there is no such setting; {hint}"))
+        else:
+            try:
+                values[key] = _value(types_of[key], node)
+            except ValueError as error:
+                problems.append((line, f"{key}: {error}"))
+        lines.setdefault(key, line)
+    if not problems:
+        try:
+            return _replaced(base, values)
+        except ConfigError as error:
+            for problem in str(error).splitlines():
+                key = problem.split(":", 1)[0]
+                problems.append((lines.get(key, 1), problem))
+    raise ConfigError("\n".join(f"{path}:{line}: {problem}" for line, problem in sorted(problems)))
+
+
+def _settings(path: Path) -> Iterator[tuple[str, yaml.Node]]:
+    """(dotted key, node) of every setting in a file."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"config: {path} can't be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config: {path} is not UTF-8 text.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}.") from error
+    if root is None:
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}:1: settings such as `epochs: 3` are expected, one a line.")
+    yield from _entries(root, "")
+
+
+def _entries(mapping: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, yaml.Node]]:
+    for name, node in mapping.value:
+        key = f"{prefix}{getattr(name, 'value', '?')}"
+        if isinstance(node, yaml.MappingNode) and key in _GROUPS:
+            yield from _entries(node, key + ".")
+        else:
+            yield key, node
+
+
+def _types_of(kind: Any) -> dict[str, Any]:
+    """The type of each setting by its dotted key."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        inner = {f"{name}.{key}": value for key, value in _types_of(hint).items()} if is_dataclass(hint) else {name: hint}
+        found |= inner
+    return found
+
+
+_GROUPS = {each.name for each in fields(RunConfig) if is_dataclass(typing.get_type_hints(RunConfig)[each.name])}
+
+
+def _value(hint: Any, node: yaml.Node) -> Any:
+    """A node as a value of a type; tyro decides what is one."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
+    if node.tag == "tag:yaml.org,2002:null":
+        if type(None) in options:
+            return None
+        raise ValueError(f"nothing came, {_expected(hint)} is expected.")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(hint, args=_texts(node), console_outputs=False)
+    except SystemExit:
+        raise ValueError(f"{yaml.serialize(node).strip().splitlines()[0]} came, {_expected(hint)} is expected.") from None
+
+
+def _texts(node: yaml.Node) -> list[str]:
+    if isinstance(node, yaml.MappingNode):
+        return [text for name, value in node.value for text in (*_texts(name), *_texts(value))]
+    if isinstance(node, yaml.SequenceNode):
+        return [text for value in node.value for text in _texts(value)]
+    return [node.value.capitalize() if node.tag == "tag:yaml.org,2002:bool" else node.value]
+
+
+def _expected(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(typing.get_args(hint))
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_expected(option) for option in typing.get_args(hint))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    return names.get(hint, "names with numbers" if typing.get_origin(hint) is dict else "a list of texts")
+
+
+def _replaced(base: RunConfig, values: dict[str, Any]) -> RunConfig:
+    changes: dict[str, Any] = {key: value for key, value in values.items() if "." not in key}
+    with all_problems() as check:
+        for group in _GROUPS:
+            own = {key.split(".")[1]: value for key, value in values.items() if key.startswith(group + ".")}
+            if own:
+                check(lambda: changes.update({group: replace(getattr(base, group), **own)}))  # noqa: B023 (called at once)
+        check(lambda: replace(base, **{key: value for key, value in changes.items() if key not in _GROUPS}))
+    return replace(base, **changes)
+
+
+def _own_values(config: RunConfig) -> dict[str, Any]:
+    return {each.name: getattr(config, each.name) for each in fields(RunConfig)}

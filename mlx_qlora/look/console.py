@@ -1,0 +1,179 @@
+"""What a person sees while a run goes on: header, progress bar, a line per validation, the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_qlora.assets import EMBEDDED, embedded_model
+from mlx_qlora.data.render import Account
+from mlx_qlora.engine.optim import OptimConfig
+from mlx_qlora.look.evaluate import Answered, Scores
+from mlx_qlora.look.gap import GapAnalysis, grade
+from mlx_qlora.model.lora import Attached
+from mlx_qlora.records import EvalReport, StepReport
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+_QUIET_S = 20.0  # without a terminal: a line at least so often
+
+
+class Console:
+    """Prints to stdout; the bar goes to stderr, and only where there is a terminal or a notebook."""
+
+    def __init__(self, quiet: bool = False):
+        self._quiet = quiet
+        self._bar: tqdm[Any] | None = None
+        self._total = 0
+        self._last_line = 0.0
+
+    def say(self, text: str = "") -> None:
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.clear()
+        print(text, flush=True)
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def fact(self, name: str, *lines: str) -> None:
+        """A name and what there is to say of it."""
+        for number, line in enumerate(lines):
+            self.say(f"{name if number == 0 else '':<9} {line}")
+
+    def adapters(self, attached: Attached) -> None:
+        config = attached.config
+        share = attached.trainable / attached.total
+        self.fact(
+            "adapters",
+            f"rank {config.rank}, scale {config.scale:g}, dropout {config.dropout:g} on {len(attached.paths)} linear layers "
+            f"({', '.join(config.targets)}{f', last {config.layers} layers' if config.layers else ''})",
+            f"{attached.trainable:,} of {attached.total:,} parameters are trained ({share:.2%})",
+        )
+
+    def data(self, train: Account, valid: Account, valid_from: str, max_seq_length: int) -> None:
+        share = train.supervised_tokens / train.tokens
+        self.fact(
+            "data",
+            f"{train.rows:,} training examples ({', '.join(train.formats)}): {train.tokens:,} tokens, "
+            f"{train.supervised_tokens:,} of them trained ({share:.1%}), longest {train.longest:,}",
+            f"{valid.rows:,} validation examples: {valid_from}",
+        )
+        for name, account in (("training", train), ("validation", valid)):
+            if account.cut_rows:
+                self.say(
+                    f"  note: {account.cut_rows:,} {name} examples are longer than max_seq_length {max_seq_length:,} and are "
+                    f"cut there; {account.cut_supervised_tokens:,} tokens that would be trained are lost"
+                )
+            if account.without_target:
+                self.say(f"  note: {account.without_target:,} {name} examples have nothing left to train and are left out")
+
+    def plan(self, optim: OptimConfig, per_update: int, per_epoch: int, total: int, eval_every: int) -> None:
+        warmup = f" after {optim.warmup_steps:,} of warm-up" if optim.warmup_steps else ""
+        self.fact(
+            "plan",
+            f"{total:,} updates of {per_update} examples, {per_epoch:,} an epoch, validation every {eval_every:,}",
+            f"{optim.optimizer}, {optim.schedule} schedule from {optim.learning_rate:g}{warmup}",
+        )
+
+    def begin(self, total: int) -> None:
+        self._total = total
+        self._last_line = time.monotonic()
+        self.say()
+        if self._quiet or not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+            return
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(total=total, unit="update", dynamic_ncols=True, bar_format=_BAR)
+
+    def step(self, report: StepReport, skipped: bool) -> None:
+        figures = f"loss {report.loss:.3f}, {report.tokens_per_second:,.0f} tok/s, {report.peak_memory_gb:.2f} GB"
+        if skipped:
+            self.say(f"update {report.step}: its loss or gradient is not finite; skipped, nothing was changed")
+        if self._bar is not None:
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.update()
+        elif time.monotonic() - self._last_line > _QUIET_S or report.step == 1:
+            self._last_line = time.monotonic()
+            self.say(f"update {report.step}/{self._total}  {figures}, {_duration(self._left(report))} left")
+
+    def _left(self, report: StepReport) -> float:
+        return report.elapsed_s / report.step * (self._total - report.step)
+
+    def validation(self, report: EvalReport, epoch: float, patience: int) -> None:
+        if report.best and report.stale == 0:
+            verdict = "best so far"
+        else:
+            most = f"/{patience}" if patience else ""
+            verdict = f"{'best so far, but ' if report.best else ''}no improvement {report.stale}{most}"
+        self.say(
+            f"update {report.step:>5}  epoch {epoch:5.2f}  val_loss {report.val_loss:7.4f}  "
+            f"train {report.train_eval_loss:7.4f}  gap {report.gap:+.4f} {grade(report.gap):<9}  {verdict}"
+        )
+
+    def end_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def ended(self, how: str, steps: int, seconds: float) -> None:
+        self.say()
+        self.fact("ended", f"{how} after {steps:,} updates, {_duration(seconds)}")
+
+    def best(self, report: EvalReport, epoch: float, folder: Path) -> None:
+        self.fact(
+            "best", f"val_loss {report.val_loss:.4f} at update {report.step} (epoch {epoch:.2f}), kept in {folder / 'adapters'}"
+        )
+
+    def gap(self, gap: GapAnalysis) -> None:
+        self.fact(
+            "gap",
+            f"{gap.at_best:+.4f} at the best: {gap.grade_at_best}; "
+            f"over the run mean {gap.mean:+.4f}, maximum {gap.maximum:+.4f}, minimum {gap.minimum:+.4f}",
+        )
+
+    def answers(self, answered: Sequence[Answered], base: Scores, tuned: Scores, show: int = 3) -> None:
+        self.fact(
+            "answers",
+            f"to {len(answered)} validation questions   token F1   exact",
+            f"{'base model':<31} {base.token_f1:8.3f} {base.exact_match:8.3f}",
+            f"{'fine-tuned':<31} {tuned.token_f1:8.3f} {tuned.exact_match:8.3f}",
+        )
+        for one in answered[:show]:
+            self.say()
+            for name, text in (
+                ("question", one.question),
+                ("expected", one.expected),
+                ("before", one.base),
+                ("after", one.tuned),
+            ):
+                self.say(f"  {name:<9} {' '.join(text.split())[:100]}")
+
+    def where(self, folder: Path, model: str, interrupted: bool) -> None:
+        self.say()
+        self.fact(
+            "files",
+            f"{folder / 'adapters'}: the best adapters; mlx_lm.generate --adapter-path loads them",
+            f"{folder / 'training_metrics.jsonl'} (and .json, .csv): every update and validation",
+            f"{folder / 'training_summary.json'}: all of the above, for programs",
+        )
+        if interrupted:
+            self.fact("next", "to train to the end, start again with --overwrite")
+            return
+        path = embedded_model() if model == EMBEDDED else model
+        self.fact("next", f'mlx_lm.generate --model {path} --adapter-path {folder / "adapters"} --prompt "..."')
+
+
+_BAR = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

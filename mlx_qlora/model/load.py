@@ -1,0 +1,107 @@
+"""Load a model and its tokenizer by way of mlx-lm, frozen and ready to compute here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from mlx_qlora.assets import EMBEDDED, embedded_model
+from mlx_qlora.errors import ModelError
+from mlx_qlora.model import backend, frozen
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A frozen model in evaluation mode, its tokenizer, and what they are."""
+
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+    name: str
+
+    @property
+    def describe(self) -> str:
+        bits = self.config.get("quantization", {}).get("bits")
+        kind = self.config.get("model_type", "?")
+        return f"{self.name} ({kind}, {f'{bits}-bit' if bits else 'not quantised'})"
+
+
+def load(name: str) -> Loaded:
+    """Load a folder, a model of the hub, or `embedded`, the tiny 4-bit Mistral of this package."""
+    import mlx_lm
+
+    folder = embedded_model() if name == EMBEDDED else _folder(name)
+    try:
+        model, tokenizer, config = mlx_lm.load(str(folder), lazy=True, return_config=True)
+        _prepare(model)
+    except Exception as error:  # whatever a broken folder makes mlx-lm, transformers or MLX raise
+        raise ModelError(f"{name}: this model can't be loaded: {_one_line(error)}") from error
+    return Loaded(model, tokenizer, config, name)
+
+
+def _prepare(model: nn.Module) -> None:
+    frozen.install(model)
+    model.update(tree_map(_computable, model.parameters()))
+    model.freeze()
+    model.eval()
+    mx.eval(model.parameters())
+
+
+def _computable(array: mx.array) -> mx.array:
+    return array.astype(backend.compute_dtype(array.dtype)) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def _folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise ModelError(f"{name}: there is no such folder. Name a folder with a model, or one of the hub as owner/name.")
+        return _from_hub(name)
+    _check(folder)
+    return folder
+
+
+def _check(folder: Path) -> None:
+    """What a folder lacks, all of it at once, before anything is loaded."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: this is a file; name the folder that holds config.json and model.safetensors.")
+    lacking = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).exists()]
+    if not list(folder.glob("model*.safetensors")):
+        lacking.append("model*.safetensors")
+    if lacking:
+        raise ModelError(f"{folder}: no {', no '.join(lacking)} in this folder. Name a folder that mlx-lm can load.")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or "model_type" not in config:
+            raise ValueError("it has no model_type")
+    except ValueError as error:
+        raise ModelError(f"{folder / 'config.json'}: not the configuration of a model: {error}") from error
+    if "auto_map" in config or "model_file" in config:
+        raise ModelError(f"{folder}: this model brings code of its own to run, and that is never done here.")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{name}: there is no such folder here, and the hub gave nothing: {_one_line(error)}. "
+            "Check the name and the connection, or give the path of a folder."
+        ) from error
+    _check(folder)
+    return folder
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < 300 else text[:297] + "..."

@@ -1,0 +1,41 @@
+"""Arrays in, sums out. Axes: B rows, L tokens, S supervised places, V vocabulary."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_qlora.records import LossSum
+
+
+def cross_entropy_sum(logits_SV: mx.array, targets_S: mx.array, weights_S: mx.array, label_smoothing: float = 0.0) -> LossSum:
+    """Cross-entropy in float32, summed with weights."""
+    losses_S = nn.losses.cross_entropy(
+        logits_SV.astype(mx.float32), targets_S, label_smoothing=label_smoothing, reduction="none"
+    )
+    weights_S = weights_S.astype(mx.float32)
+    # A place without weight may hold anything, infinity too, and 0 * inf is not 0.
+    weighted_S = mx.where(weights_S == 0, 0.0, losses_S * weights_S)
+    return LossSum(weighted_S.sum(), weights_S.sum())
+
+
+def next_token_cross_entropy(
+    logits_BLV: mx.array, tokens_BL: mx.array, weights_BL: mx.array | None = None, label_smoothing: float = 0.0
+) -> LossSum:
+    """Logits against the *next* token. `weights[b, i]` is the weight of token i as a target (all 1 by default).
+
+    >>> import mlx.core as mx
+    >>> logits = mx.zeros((1, 3, 4))  # every one of 4 tokens equally likely
+    >>> loss = next_token_cross_entropy(logits, mx.array([[1, 2, 3]]), mx.array([[0, 0, 1]]))
+    >>> round((loss.total / loss.weight).item(), 4), loss.weight.item()  # ln 4, one target
+    (1.3863, 1.0)
+    """
+    if weights_BL is None:
+        weights_BL = mx.ones(tokens_BL.shape)
+    vocabulary = logits_BLV.shape[-1]
+    return cross_entropy_sum(
+        logits_BLV[:, :-1].reshape(-1, vocabulary),
+        tokens_BL[:, 1:].reshape(-1),
+        weights_BL[:, 1:].reshape(-1),
+        label_smoothing,
+    )

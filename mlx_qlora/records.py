@@ -1,0 +1,89 @@
+"""The shapes that travel between the rooms: frozen, without behaviour beyond what a shape needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Example:
+    """What is trained, whatever it was made of.
+
+    `weights[i]` is the weight with which token i, *as a target*, counts in the loss: 0 for a prompt, 1 for an
+    answer. Token 0 is nobody's target, so its weight is 0.
+    """
+
+    id: str
+    tokens: NDArray[np.int32]
+    weights: NDArray[np.float32]
+
+
+class Batch(NamedTuple):
+    """Rows of tokens and the places in them that are supervised. A tuple of arrays, so that a compiled step takes it.
+
+    Row r is `shared` followed by `rows[r]` followed by padding. `positions` index the hidden states of `rows`
+    flattened to [B * L]; the hidden state at a position predicts its target. Places that only fill up have weight 0.
+    """
+
+    rows: mx.array  # [B, L]
+    shared: mx.array  # [P]; always empty as yet: the layout that shares prefixes is still to come
+    positions: mx.array  # [S]
+    targets: mx.array  # [S]
+    weights: mx.array  # [S]
+
+
+@dataclass(frozen=True)
+class Update:
+    """The batches whose gradients make one update."""
+
+    batches: tuple[Batch, ...]
+    epoch: float  # how far the run will be after it
+    ids: tuple[str, ...]
+    tokens: int
+    supervised_tokens: int
+
+
+class LossSum(NamedTuple):
+    """A loss that is not divided yet: sums add, and there is one division, by the whole weight."""
+
+    total: mx.array
+    weight: mx.array
+    metrics: dict[str, mx.array] = {}  # noqa: RUF012  (sums too, divided by the same weight; read, never written)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What an update was. Counts and times; the units are in the names."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    tokens_per_second: float
+    peak_memory_gb: float
+    elapsed_s: float
+    skipped_updates: int  # so far in this run
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Losses of the same function, without dropout, on validation data and on a fixed sample of the training data."""
+
+    step: int
+    val_loss: float
+    train_eval_loss: float
+    best: bool  # the lowest val_loss so far
+    stale: int  # validations since the last one that improved
+
+    @property
+    def gap(self) -> float:
+        return self.val_loss - self.train_eval_loss

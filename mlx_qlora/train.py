@@ -1,0 +1,272 @@
+"""The whole of a training run, read top to bottom: the one place that sees every part."""
+
+from __future__ import annotations
+
+import platform
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_qlora.config import RunConfig, parse
+from mlx_qlora.data.layout import lay_out, updates
+from mlx_qlora.data.order import updates_per_epoch
+from mlx_qlora.data.render import examples, question
+from mlx_qlora.data.sources import DataConfig, Row, read_splits
+from mlx_qlora.engine.optim import OptimConfig, make_optimizer
+from mlx_qlora.engine.steps import Engine, steps
+from mlx_qlora.engine.stopping import EarlyStoppingMonitor
+from mlx_qlora.errors import MlxQloraError
+from mlx_qlora.look.console import Console
+from mlx_qlora.look.evaluate import ask_both, mean_loss, score
+from mlx_qlora.look.gap import analyse
+from mlx_qlora.model import backend, lora
+from mlx_qlora.model.load import Loaded, load
+from mlx_qlora.objectives.sft import sft
+from mlx_qlora.records import Batch, EvalReport, StepReport, Update
+from mlx_qlora.run import folder as run_folder
+from mlx_qlora.run.interrupt import listening
+from mlx_qlora.run.metrics import MetricsWriter
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. `model` has the best adapters on, in evaluation mode."""
+
+    model: nn.Module
+    tokenizer: Any
+    output_dir: Path
+    summary: dict[str, Any]  # what training_summary.json holds
+
+    @property
+    def interrupted(self) -> bool:
+        return bool(self.summary["ended"] == _INTERRUPTED)
+
+
+# How a run can end, as training_summary.json says it.
+_FINISHED, _STOPPED, _INTERRUPTED, _FAILED = "finished", "stopped early", "interrupted", "failed"
+
+
+def run(config: RunConfig, quiet: bool = False) -> RunResult:
+    """Train as the configuration says, and leave all of it in its output_dir."""
+    console = Console(quiet)
+    ready = _prepare(config, console)
+    model, folder = ready.loaded.model, ready.folder
+    monitor = EarlyStoppingMonitor(config.early_stopping.patience, config.early_stopping.min_delta)
+    history = _History()
+    ended = _FAILED  # until something better is known
+    metrics = MetricsWriter(folder)
+    mx.reset_peak_memory()
+    model.train()
+    console.begin(ready.total)
+    try:
+        with listening(lambda: console.say("stopping after this update; once more ends at once")) as stop:
+            for report in steps(ready.engine, islice(ready.updates, ready.total)):
+                skipped = history.add(report)
+                metrics.step(report)
+                console.step(report, skipped)
+
+                if report.step % ready.eval_every == 0 or report.step == ready.total or stop.asked:
+                    val_loss = mean_loss(model, ready.engine.objective, ready.valid)
+                    train_loss = mean_loss(model, ready.engine.objective, ready.train_sample)
+                    monitor = monitor.update(val_loss)
+                    evaluation = EvalReport(report.step, val_loss, train_loss, monitor.is_extreme, monitor.stale)
+                    history.validations.append((evaluation, report.epoch))
+                    metrics.validation(evaluation)
+                    console.validation(evaluation, report.epoch, monitor.patience)
+                    if monitor.is_extreme:
+                        _save_adapters(ready)
+                if stop.asked:
+                    ended = _INTERRUPTED
+                    break
+                if monitor.should_stop:
+                    ended = _STOPPED
+                    break
+            else:
+                ended = _FINISHED
+    except KeyboardInterrupt:  # the second one
+        ended = _INTERRUPTED
+        raise
+    finally:
+        console.end_bar()
+        metrics.close()
+        if history.best is None:  # nothing was validated, or nothing was finite: keep what there is
+            _save_adapters(ready)
+        summary = _summary(ready, history, ended)
+        run_folder.write_json(folder / "training_summary.json", summary)
+    return _conclude(ready, history, summary, console)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """All that a run needs, built."""
+
+    config: RunConfig
+    loaded: Loaded
+    attached: lora.Attached
+    folder: Path
+    engine: Engine
+    updates: Iterator[Update]
+    total: int
+    eval_every: int
+    valid: tuple[Batch, ...]
+    train_sample: tuple[Batch, ...]
+    valid_rows: tuple[Row, ...]
+
+
+def _prepare(config: RunConfig, console: Console) -> _Ready:
+    """Read, load, attach, lay out; claim the folder last, so that a wrong setting or row leaves nothing behind."""
+    config.require_complete()
+    folder = Path(config.output_dir).expanduser()
+    run_folder.check_free(folder, overwrite=config.overwrite)
+    data_config, optim_config = config.part(DataConfig), config.part(OptimConfig)
+
+    splits = read_splits(data_config, config.seed)
+    loaded = load(config.model)
+    console.fact("model", loaded.describe, backend.describe())
+    train_set, train_account = examples(splits.train, loaded.tokenizer, config.max_seq_length)
+    valid_set, valid_account = examples(splits.valid, loaded.tokenizer, config.max_seq_length)
+    attached = lora.attach(loaded.model, config.lora, seed=config.seed)
+    console.adapters(attached)
+    console.data(train_account, valid_account, splits.valid_from, config.max_seq_length)
+
+    per_epoch = updates_per_epoch(len(train_set), data_config.examples_per_update)
+    total = min(config.epochs * per_epoch, config.max_steps or sys.maxsize)
+    eval_every = config.eval_every or max(1, per_epoch // 4)
+    console.plan(optim_config, data_config.examples_per_update, per_epoch, total, eval_every)
+    console.fact("folder", str(folder))
+    run_folder.claim(folder, overwrite=config.overwrite)
+    run_folder.write_atomically(folder / "config.yaml", config.to_yaml())
+
+    engine = Engine(
+        model=loaded.model,
+        objective=sft(config.label_smoothing),
+        optimizer=make_optimizer(optim_config, total),
+        config=optim_config,
+        with_key=lora.dropout_keys,
+        seed=config.seed,
+        compiled=not backend.on_cpu(),
+    )
+    sample = random.Random(config.seed).sample(train_set, min(len(train_set), len(valid_set)))
+    return _Ready(
+        config=config,
+        loaded=loaded,
+        attached=attached,
+        folder=folder,
+        engine=engine,
+        updates=updates(train_set, data_config, config.epochs, config.seed),
+        total=total,
+        eval_every=eval_every,
+        valid=lay_out(valid_set, config.batch_size),
+        train_sample=lay_out(sample, config.batch_size),
+        valid_rows=splits.valid,
+    )
+
+
+@dataclass
+class _History:
+    """What a run has been so far."""
+
+    last: StepReport | None = None
+    tokens: int = 0
+    supervised_tokens: int = 0
+    validations: list[tuple[EvalReport, float]] = field(default_factory=list)  # with the epoch
+
+    def add(self, report: StepReport) -> bool:
+        """Take a report in; says whether its update was skipped."""
+        skipped = report.skipped_updates > (self.last.skipped_updates if self.last else 0)
+        self.last = report
+        self.tokens += report.tokens
+        self.supervised_tokens += report.supervised_tokens
+        return skipped
+
+    @property
+    def best(self) -> tuple[EvalReport, float] | None:
+        return next((one for one in reversed(self.validations) if one[0].best), None)
+
+
+def _save_adapters(ready: _Ready) -> None:
+    run_folder.save_adapters(ready.folder, lora.adapter_arrays(ready.loaded.model), ready.attached.adapter_config)
+
+
+def _summary(ready: _Ready, history: _History, ended: str) -> dict[str, Any]:
+    last, best = history.last, history.best
+    reports = [evaluation for evaluation, _ in history.validations]
+    seconds = last.elapsed_s if last else 0.0
+    return {
+        "ended": ended,
+        "steps": last.step if last else 0,
+        "planned_steps": ready.total,
+        "epoch": last.epoch if last else 0.0,
+        "best": {**asdict(best[0]), "gap": best[0].gap, "epoch": best[1]} if best else None,
+        "gap": asdict(analyse(reports)) if best else None,
+        "tokens": history.tokens,
+        "supervised_tokens": history.supervised_tokens,
+        "tokens_per_second": history.tokens / seconds if seconds else 0.0,
+        "elapsed_s": seconds,
+        "peak_memory_gb": last.peak_memory_gb if last else 0.0,
+        "skipped_updates": last.skipped_updates if last else 0,
+        "model": ready.loaded.name,
+        "trainable_parameters": ready.attached.trainable,
+        "total_parameters": ready.attached.total,
+        "device": backend.describe(),
+        "versions": {name: version(name) for name in ("mlx-qlora", "mlx", "mlx-lm")}
+        | {"python": platform.python_version(), "platform": platform.platform()},
+    }
+
+
+def _conclude(ready: _Ready, history: _History, summary: dict[str, Any], console: Console) -> RunResult:
+    """Say how it went, put the best adapters on, and ask the questions if the configuration wants it."""
+    config, model, folder = ready.config, ready.loaded.model, ready.folder
+    console.ended(summary["ended"], summary["steps"], summary["elapsed_s"])
+    if history.best:
+        console.best(*history.best, folder)
+        console.gap(analyse([evaluation for evaluation, _ in history.validations]))
+    model.load_weights(list(run_folder.load_adapters(folder).items()), strict=False)
+    model.eval()
+    if config.score_questions and summary["ended"] != _INTERRUPTED:
+        summary = summary | {"answers": _ask(ready, console)}
+        run_folder.write_json(folder / "training_summary.json", summary)
+    console.where(folder, config.model, summary["ended"] == _INTERRUPTED)
+    return RunResult(model, ready.loaded.tokenizer, folder, summary)
+
+
+def _ask(ready: _Ready, console: Console) -> dict[str, Any]:
+    """Ask base and tuned model validation questions; the answers go into answers.jsonl, the scores are given back."""
+    tokenizer, config = ready.loaded.tokenizer, ready.config
+    asked = [one for row in ready.valid_rows if (one := question(row, tokenizer))][: config.score_questions]
+    if not asked:
+        console.say("answers   none of the validation rows is a question with an answer")
+        return {"questions": 0}
+    console.say(f"asking the base and the fine-tuned model {len(asked)} validation questions ...")
+    answered = ask_both(ready.loaded.model, tokenizer, asked, config.max_answer_tokens)
+    run_folder.write_lines(ready.folder / "answers.jsonl", [asdict(one) for one in answered])
+    base, tuned = score([(a.base, a.expected) for a in answered]), score([(a.tuned, a.expected) for a in answered])
+    console.answers(answered, base, tuned)
+    return {"questions": len(asked), "base": asdict(base), "tuned": asdict(tuned)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Gives the exit code: 0 done, 2 wrong input, 3 stopped by a guard, 130 interrupted."""
+    try:
+        return 130 if run(parse(sys.argv[1:] if arguments is None else arguments)).interrupted else 0
+    except MlxQloraError as error:
+        print(f"mlx-qlora train: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:  # no space left, no permission: the message says which file
+        print(f"mlx-qlora train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mlx-qlora train: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
