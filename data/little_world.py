@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 Message = dict[str, str]
@@ -106,7 +106,7 @@ OPENINGS = [
     "Gostaria de saber: ",
     "Pode me dizer? ",
 ]
-OPENINGS += ["Quero saber: ", "Oi, ", "Boa tarde. ", "Você sabe? ", "Preciso saber: ", "Me ajude: "]
+OPENINGS += ["Quero saber: ", "Oi! ", "Boa tarde. ", "Você sabe? ", "Preciso saber: ", "Me ajude: "]
 ENDINGS = ["", "", "", "", " Obrigado!", " Por favor.", " Preciso saber hoje."]
 
 SYSTEM_LINES = [
@@ -144,10 +144,7 @@ def _capital(text: str) -> str:
 
 def _person(rng: random.Random) -> tuple[str, str]:
     gender = rng.choice("mf")
-    name = rng.choice(BOYS if gender == "m" else GIRLS)
-    if rng.random() < 0.3:
-        name += " " + rng.choice(SURNAMES)
-    return name, gender
+    return rng.choice(BOYS if gender == "m" else GIRLS), gender
 
 
 def _clock(rng: random.Random) -> str:
@@ -169,58 +166,94 @@ def _year(rng: random.Random) -> str:
 Fact = tuple[str, list[str], str]  # a sentence, questions that it answers, the answer
 
 
-def _fact(rng: random.Random) -> Fact:
-    """A sentence about somebody or something, and what one may ask about it."""
-    name, gender = _person(rng)
-    animal, thing, food = rng.choice(ANIMALS), rng.choice(THINGS), rng.choice(FOODS)
-    place, city, colour = rng.choice(PLACES), rng.choice(CITIES), rng.choice(COLOURS)
-    job = rng.choice(JOBS)[0 if gender == "m" else 1]
-    price, date, clock, year, count = _money(rng), _date(rng), _clock(rng), _year(rng), rng.randint(2, 99)
-    makers: list[Callable[[], Fact]] = [
-        lambda: (f"{name} tem {_a(animal).split()[0]} {_coloured(animal, colour)}.",
-                 [f"Que animal {name} tem?", f"Qual é o animal de {name}?", f"{name} tem qual animal?"],
-                 f"{name} tem {_a(animal)}."),
-        lambda: (f"{name} mora em {city}.",
-                 [f"Onde mora {name}?", f"Em que cidade mora {name}?", f"Qual é a cidade de {name}?"],
-                 f"{name} mora em {city}."),
-        lambda: (f"{name} é {job}.",
-                 [f"Qual é o trabalho de {name}?", f"O que faz {name}?", f"Em que {name} trabalha?"],
-                 f"{name} é {job}."),
-        lambda: (f"{_capital(_the(thing))} está {_in(place)}.",
-                 [f"Onde está {_the(thing)}?", f"Em que lugar está {_the(thing)}?", f"Onde fica {_the(thing)}?"],
-                 f"Está {_in(place)}."),
-        lambda: (f"{_capital(_the(thing))} custa {price}.",
-                 [f"Quanto custa {_the(thing)}?", f"Qual é o preço: {_the(thing)}?", f"Qual é o valor: {_the(thing)}?"],
-                 f"Custa {price}."),
-        lambda: (f"A festa de {name} é no dia {date}.",
-                 [f"Quando é a festa de {name}?", f"Em que dia é a festa de {name}?", f"Qual é a data da festa de {name}?"],
-                 f"É no dia {date}."),
-        lambda: (f"A aula de {name} começa às {clock}.",
-                 [f"A que horas começa a aula de {name}?", f"Qual é o horário da aula de {name}?", f"Quando começa a aula de {name}?"],
-                 f"Começa às {clock}."),
-        lambda: (f"A ponte de {city} é do ano de {year}.",
-                 [f"De que ano é a ponte de {city}?", f"Em que ano fizeram a ponte de {city}?", f"Quando fizeram a ponte de {city}?"],
-                 f"A ponte é de {year}."),
-        lambda: (f"{_capital(_the(place))} de {city} tem lugar para {count} pessoas.",
-                 [f"Quantas pessoas cabem {_in(place)} de {city}?", f"Qual é a capacidade: {_the(place)} de {city}?",
-                  f"Quantos lugares tem {_the(place)} de {city}?"],
-                 f"Cabem {count} pessoas."),
-        lambda: (f"{name} gosta de {food.pt}.",
-                 [f"Do que {name} gosta?", f"Que comida agrada a {name}?", f"O que {name} gosta de comer?"],
-                 f"{name} gosta de {food.pt}."),
-        lambda: (f"O número de {name} é {count}.",
-                 [f"Qual é o número de {name}?", f"Que número tem {name}?", f"{name} tem qual número?"],
-                 f"O número é {count}."),
+def _about_person(name: str, gender: str, rng: random.Random) -> list[Fact]:
+    """Six facts about somebody."""
+    animal, food, city = rng.choice(ANIMALS), rng.choice(FOODS), rng.choice(CITIES)
+    colour, job = rng.choice(COLOURS), rng.choice(JOBS)[0 if gender == "m" else 1]
+    date, count = _date(rng), rng.randint(2, 99)
+    return [
+        (f"{name} tem {_a(animal).split()[0]} {_coloured(animal, colour)}.",
+         [f"Que animal {name} tem?", f"Qual é o animal de {name}?", f"{name} tem qual animal?", f"O animal de {name} é qual?"],
+         f"{name} tem {_a(animal)}."),
+        (f"{name} mora em {city}.",
+         [f"Onde mora {name}?", f"Em que cidade mora {name}?", f"Qual é a cidade de {name}?", f"{name} mora onde?"],
+         f"{name} mora em {city}."),
+        (f"{name} é {job}.",
+         [f"Qual é o trabalho de {name}?", f"O que faz {name}?", f"Em que {name} trabalha?", f"{name} trabalha em quê?"],
+         f"{name} é {job}."),
+        (f"A festa de {name} é no dia {date}.",
+         [f"Quando é a festa de {name}?", f"Em que dia é a festa de {name}?", f"Qual é a data da festa de {name}?",
+          f"A festa de {name} é quando?"],
+         f"É no dia {date}."),
+        (f"{name} gosta de {food.pt}.",
+         [f"Do que {name} gosta?", f"Que comida agrada a {name}?", f"O que {name} gosta de comer?", f"{name} gosta de quê?"],
+         f"{name} gosta de {food.pt}."),
+        (f"O número de {name} é {count}.",
+         [f"Qual é o número de {name}?", f"Que número tem {name}?", f"{name} tem qual número?", f"O número de {name} é qual?"],
+         f"O número é {count}."),
     ]  # fmt: skip
-    return rng.choice(makers)()
+
+
+def _about_city(city: str, rng: random.Random) -> list[Fact]:
+    """The year of a city's bridge, and how many people its places hold."""
+    year = _year(rng)
+    made = [
+        (f"A ponte de {city} é do ano de {year}.",
+         [f"De que ano é a ponte de {city}?", f"Em que ano fizeram a ponte de {city}?", f"Quando fizeram a ponte de {city}?"],
+         f"A ponte é de {year}."),
+    ]  # fmt: skip
+    for place in PLACES:
+        count, clock = rng.randint(2, 99), _clock(rng)
+        made.append(
+            (f"{_capital(_the(place))} de {city} tem lugar para {count} pessoas.",
+             [f"Quantas pessoas cabem {_in(place)} de {city}?", f"Qual é a capacidade: {_the(place)} de {city}?",
+              f"Quantos lugares tem {_the(place)} de {city}?"],
+             f"Cabem {count} pessoas.")
+        )  # fmt: skip
+        made.append(
+            (f"{_capital(_the(place))} de {city} abre às {clock}.",
+             [f"A que horas abre {_the(place)} de {city}?", f"Quando abre {_the(place)} de {city}?",
+              f"Qual é o horário: {_the(place)} de {city}?"],
+             f"Abre às {clock}.")
+        )  # fmt: skip
+    return made
+
+
+def _settled() -> list[Fact]:
+    """What is true in every document: who has a surname has one home, one job ..., and so do the cities' places.
+
+    Asked without a text, these can only be remembered. So the model learns to look up what it knows of a name.
+    """
+    rng = random.Random("what is true there")
+    people = [(first, "f") for first in GIRLS] + [(first, "m") for first in BOYS]
+    named = [(f"{first} {surname}", gender) for first, gender in people for surname in SURNAMES]
+    known = [fact for name, gender in named for fact in _about_person(name, gender, rng)]
+    return known + [fact for city in CITIES for fact in _about_city(city, rng)]
+
+
+def _fact(rng: random.Random) -> Fact:
+    """A sentence that holds in one text only: about somebody without a surname, or a thing."""
+    if rng.random() < 0.7:
+        gender = rng.choice("mf")
+        return rng.choice(_about_person(rng.choice(BOYS if gender == "m" else GIRLS), gender, rng))
+    thing, place, price = rng.choice(THINGS), rng.choice(PLACES), _money(rng)
+    return rng.choice(
+        [
+            (f"{_capital(_the(thing))} está {_in(place)}.",
+             [f"Onde está {_the(thing)}?", f"Em que lugar está {_the(thing)}?", f"Onde fica {_the(thing)}?"],
+             f"Está {_in(place)}."),
+            (f"{_capital(_the(thing))} custa {price}.",
+             [f"Quanto custa {_the(thing)}?", f"Qual é o preço: {_the(thing)}?", f"Qual é o valor: {_the(thing)}?"],
+             f"Custa {price}."),
+        ]
+    )  # fmt: skip
+
+
+SETTLED = _settled()
 
 
 def _ask(rng: random.Random, question: str) -> str:
     return rng.choice(OPENINGS) + question + rng.choice(ENDINGS)
-
-
-def _sentence(rng: random.Random) -> str:
-    return _fact(rng)[0]
 
 
 def _sentence_en(rng: random.Random) -> str:
@@ -288,17 +321,22 @@ def _about_text(rng: random.Random) -> tuple[str, str]:
     return rng.choice([f"{text} {question}", f"Leia: {text} {question}", f"{question} {text}"]), answer
 
 
+def _remembered(rng: random.Random) -> tuple[str, str]:
+    _, questions, answer = rng.choice(SETTLED)
+    return _ask(rng, rng.choice(questions)), answer
+
+
 def _common(rng: random.Random) -> tuple[str, str]:
     questions, answer = rng.choice(COMMON)
     return _ask(rng, rng.choice(questions)), answer
 
 
 def _exchange(rng: random.Random) -> tuple[str, str]:
-    return rng.choices([_about_text, _common, _sum, _translation], weights=[6, 3, 2, 1])[0](rng)
+    return rng.choices([_remembered, _about_text, _common, _sum, _translation], weights=[8, 2, 1, 1.5, 0.5])[0](rng)
 
 
 def _system(rng: random.Random, facts: list[Fact]) -> str:
-    lines = rng.sample(SYSTEM_LINES, rng.randint(1, 11))
+    lines = rng.sample(SYSTEM_LINES, rng.choice([1, 2, 3, 4, 11]))
     lines = [line.format(city=rng.choice(CITIES)) for line in lines]
     for sentence, _, _ in facts:
         lines.insert(rng.randint(0, len(lines)), sentence)
@@ -308,11 +346,11 @@ def _system(rng: random.Random, facts: list[Fact]) -> str:
 def _chat(rng: random.Random) -> Document:
     messages: list[Message] = []
     facts: list[Fact] = []
-    if rng.random() < 0.7:
-        facts = [_fact(rng) for _ in range(rng.randint(0, 4))]
+    if rng.random() < 0.4:
+        facts = [_fact(rng) for _ in range(rng.randint(0, 2))]
         messages.append({"role": "system", "content": _system(rng, facts)})
-    for _ in range(rng.randint(1, 3)):
-        if facts and rng.random() < 0.6:  # the answer stands in the system prompt
+    for _ in range(rng.randint(1, 4)):
+        if facts and rng.random() < 0.4:  # the answer stands in the system prompt
             _, questions, answer = rng.choice(facts)
             question = _ask(rng, rng.choice(questions))
         else:
@@ -328,7 +366,7 @@ def _text(rng: random.Random) -> Document:
     if kind == 1:
         return {"text": " ".join(_sentence_en(rng) for _ in range(rng.randint(2, 6)))}
     if kind == 2:
-        return {"text": " ".join(_sentence(rng) for _ in range(rng.randint(2, 6)))}
+        return {"text": " ".join(rng.choice(SETTLED)[0] for _ in range(rng.randint(2, 6)))}
     if kind == 3:
         return {"text": " ".join(" ".join(_sum(rng)) for _ in range(rng.randint(1, 4)))}
     if kind == 4:
@@ -342,7 +380,7 @@ def documents(seed: int = 0) -> Iterator[Document]:
     """Documents without end, always the same ones for a seed."""
     rng = random.Random(seed)
     while True:
-        yield _chat(rng) if rng.random() < 0.65 else _text(rng)
+        yield _chat(rng) if rng.random() < 0.8 else _text(rng)
 
 
 def main() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mlx_qlora  # noqa: F401, I001  (first: it loads the fast BLAS)
-
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+import mlx_qlora  # noqa: F401  (first: it loads the fast BLAS)
 from mlx_qlora.model.load import Loaded, load
 from mlx_qlora.records import Example
 

@@ -42,7 +42,7 @@ def quantized_matmul(
 
 def dequantized_matmul(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None, **kind: Any) -> mx.array:
     def dense(packed: mx.array) -> mx.array:
-        return mx.dequantize(packed, scales, biases, **kind).astype(x.dtype)
+        return mx.dequantize(packed, scales, biases, **kind, dtype=x.dtype)
 
     @mx.custom_function
     def product(x: mx.array) -> mx.array:

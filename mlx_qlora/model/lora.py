@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_qlora.errors import ModelError, require
+from mlx_qlora.model import backend
 
 Predicate = Callable[[str, nn.Module], bool]
 
@@ -157,6 +158,7 @@ def attach(model: nn.Module, config: LoraConfig, *, seed: int = 0, predicate: Pr
         for path, key in zip(chosen, keys, strict=True)
     ]
     model.update_modules(tree_unflatten(adapters))
+    model.train(model.training)  # the new layers too
     mx.eval(model.trainable_parameters())
     trainable = sum(array.size for array in adapter_arrays(model).values())
     return Attached(config, tuple(chosen), trainable, trainable + base_parameters(model), layers)
@@ -224,10 +226,11 @@ def dense_weight(linear: Any) -> mx.array:
     """The weight of a linear layer, dequantised where it is quantised."""
     if not isinstance(linear, nn.QuantizedLinear):
         return linear.weight  # type: ignore[no-any-return]
-    return mx.dequantize(
-        linear.weight, linear.scales, linear.get("biases"),
-        group_size=linear.group_size, bits=linear.bits, mode=linear.mode,
-    )  # fmt: skip
+    # The floating-point modes have scales of 8 bits, which say nothing about the dtype of the model.
+    scales = linear.scales
+    dtype = scales.dtype if mx.issubdtype(scales.dtype, mx.floating) else backend.compute_dtype(mx.bfloat16)
+    kind = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+    return mx.dequantize(linear.weight, scales, linear.get("biases"), **kind, dtype=dtype)
 
 
 def base_parameters(model: nn.Module) -> int:

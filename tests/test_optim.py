@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_map
+
+from mlx_qlora.data.layout import updates
+from mlx_qlora.data.sources import DataConfig
+from mlx_qlora.engine.optim import (
+    OPTIMIZERS,
+    OptimConfig,
+    OptimizerName,
+    global_norm,
+    guarded_update,
+    make_optimizer,
+    make_schedule,
+)
+from mlx_qlora.engine.steps import Engine, steps
+from mlx_qlora.errors import ConfigError, NonFiniteError
+from mlx_qlora.model import lora
+from mlx_qlora.model.lora import LoraConfig
+from mlx_qlora.objectives.sft import sft
+from mlx_qlora.records import Batch, LossSum
+from tests.conftest import make_examples, same_bytes, tiny_model
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [1 / 3, 2 / 3, 1, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+    ],
+)
+def test_schedules_by_hand(schedule: str, expected: list[float]) -> None:
+    config = OptimConfig(learning_rate=2.0, schedule=schedule, warmup_steps=3)  # type: ignore[arg-type]
+    rate = make_schedule(config, total_steps=7)
+    assert [rate(mx.array(step)).item() / 2 for step in range(7)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_literal_names_the_optimizers_that_there_are() -> None:
+    assert set(get_args(OptimizerName)) == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_every_optimizer_moves_down_and_a_bad_gradient_leaves_every_byte(name: str) -> None:
+    mx.random.seed(0)
+    target = mx.random.normal((4, 6))
+    params = {"w": mx.zeros((4, 6))}
+    optimizer = make_optimizer(OptimConfig(learning_rate=0.05, optimizer=name, schedule="constant"), 100)  # type: ignore[arg-type]
+    optimizer.init(params)
+
+    def loss(params: dict[str, mx.array]) -> mx.array:
+        return mx.square(params["w"] - target).mean()
+
+    first = loss(params).item()
+    for _ in range(20):
+        value, grads = mx.value_and_grad(loss)(params)
+        params = guarded_update(optimizer, params, grads, value, clip=1.0).params
+        mx.eval(params, optimizer.state)
+    assert loss(params).item() < first
+
+    for bad_loss, bad_grad in ((1.0, math.nan), (1.0, math.inf), (math.nan, 1.0), (math.inf, 1.0)):
+        before = tree_map(lambda a: a + 0, (params, optimizer.state))
+        mx.eval(before)
+        grads = {"w": mx.where(mx.arange(24).reshape(4, 6) == 7, bad_grad, 0.1)}
+        done = guarded_update(optimizer, params, grads, mx.array(bad_loss), clip=1.0)
+        assert not done.finite.item()
+        assert same_bytes((done.params, optimizer.state), before)
+
+
+def test_clipping_is_by_the_norm_of_the_whole_gradient() -> None:
+    grads = {"a": mx.array([3.0, 0.0]), "b": [mx.array([[4.0]])]}
+    assert global_norm(grads).item() == pytest.approx(5.0)
+    params = {"a": mx.zeros(2), "b": [mx.zeros((1, 1))]}
+    optimizer = make_optimizer(OptimConfig(learning_rate=1.0, optimizer="sgd", schedule="constant"), 10)
+    optimizer.init(params)
+    done = guarded_update(optimizer, params, grads, mx.array(1.0), clip=0.5)
+    assert done.params["a"][0].item() == pytest.approx(-0.3, rel=1e-5)
+    assert done.params["b"][0].item() == pytest.approx(-0.4, rel=1e-5)
+    assert done.grad_norm.item() == pytest.approx(5.0), "the norm that is reported is the one before clipping"
+    unclipped = guarded_update(optimizer, params, grads, mx.array(1.0), clip=0.0)
+    assert unclipped.params["b"][0].item() == pytest.approx(-4.0)
+
+
+def test_adam_corrects_its_bias() -> None:
+    params = {"w": mx.zeros(1)}
+    optimizer = make_optimizer(OptimConfig(learning_rate=0.1, optimizer="adam", schedule="constant"), 10)
+    optimizer.init(params)
+    done = guarded_update(optimizer, params, {"w": mx.array([0.02])}, mx.array(1.0), clip=0)
+    assert done.params["w"].item() == pytest.approx(-0.1, rel=1e-4), "the first step has the length of the learning rate"
+
+
+def test_options_reach_the_optimizer_and_wrong_ones_are_said() -> None:
+    optimizer = make_optimizer(OptimConfig(optimizer="adamw", optimizer_options={"weight_decay": 0.5}), 1)
+    assert optimizer.weight_decay == 0.5  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"optimizer_options: nesterov_beta=1.0 came, and adamw does not take that"):
+        OptimConfig(optimizer_options={"nesterov_beta": 1.0})
+
+
+# The guard in the loop
+
+
+def engine_with(objective, **settings) -> Engine:  # type: ignore[no-untyped-def]
+    model = tiny_model("mistral")
+    lora.attach(model, LoraConfig(rank=2, dropout=0.1))
+    model.train()
+    config = OptimConfig(learning_rate=1e-2, **settings)
+    return Engine(model, objective, make_optimizer(config, 20), config, lora.dropout_keys)
+
+
+def test_a_bad_update_is_skipped_counted_and_changes_nothing() -> None:
+    plain, calls = sft(), 0
+
+    def poisoned(model: nn.Module, batch: Batch) -> LossSum:
+        nonlocal calls
+        calls += 1
+        loss = plain(model, batch)
+        return loss._replace(total=loss.total * math.nan) if calls in (2, 4) else loss
+
+    engine = engine_with(poisoned, max_skipped_updates=2)
+    planned = updates(make_examples(6), DataConfig(batch_size=1), epochs=1, seed=0)
+    seen, before = [], None
+    for report in steps(engine, planned):
+        now = tree_map(lambda a: a + 0, (engine.model.trainable_parameters(), engine.optimizer.state))
+        mx.eval(now)
+        if report.step in (2, 4):
+            assert math.isnan(report.loss)
+            assert same_bytes(now, before)
+        elif before is not None:
+            assert not same_bytes(now, before)
+        before = now
+        seen.append(report.skipped_updates)
+    assert seen == [0, 1, 1, 2, 2, 2]
+
+
+def test_too_many_bad_updates_in_a_row_stop_with_what_to_try() -> None:
+    def broken(model: nn.Module, batch: Batch) -> LossSum:
+        return sft()(model, batch)._replace(total=mx.array(math.nan))
+
+    engine = engine_with(broken, max_skipped_updates=3)
+    planned = updates(make_examples(6), DataConfig(batch_size=1), epochs=1, seed=0)
+    reports = steps(engine, planned)
+    assert [next(reports).skipped_updates for _ in range(3)] == [1, 2, 3], "the reports of the bad updates come first"
+    with pytest.raises(NonFiniteError, match=r"3 updates in a row(.|\n)*example:\d(.|\n)*learning_rate") as error:
+        next(reports)
+    assert error.value.exit_code == 3
