@@ -1,6 +1,6 @@
 """Make the embedded model from nothing: tokenizer, training on the little world, 4 bits, `mlx_qlora/assets/mistral`.
 
-    python data/make_model.py                 # about 40 minutes on 2 CPU cores
+    python data/make_model.py                 # about half an hour on 2 CPU cores
     python data/make_model.py --steps 20 --output-dir /tmp/try
 
 Everything follows from the seed; the same machine and versions give the same bytes.
@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import mlx_qlora  # noqa: F401  (first: it loads the fast BLAS)
+
+# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -25,7 +28,6 @@ from mlx_lm.utils import quantize_model, save_config, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import mlx_qlora  # noqa: F401  (first: it loads the fast BLAS)
 from mlx_qlora.model import frozen
 
 import little_world
@@ -130,7 +132,7 @@ def train(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> llama.Mo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=7)
     default = Path(__file__).parent.parent / "mlx_qlora" / "assets" / "mistral"
     parser.add_argument("--output-dir", type=Path, default=default)

@@ -12,8 +12,9 @@ import json
 import math
 from pathlib import Path
 
-import mlx_qlora  # noqa: F401, I001  (only for its BLAS, which has to be loaded before MLX)
+import mlx_qlora  # noqa: F401  (only for its BLAS, which has to be loaded before MLX)
 
+# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +24,7 @@ from mlx_qlora.data.sources import DataConfig, Row, read_splits
 from mlx_qlora.engine.optim import OptimConfig, make_optimizer
 from mlx_qlora.engine.steps import Engine, steps
 from mlx_qlora.engine.stopping import EarlyStoppingMonitor
-from mlx_qlora.errors import MlxQloraError
+from mlx_qlora.errors import MlxQloraError, NonFiniteError
 from mlx_qlora.look.console import Console
 from mlx_qlora.look.evaluate import ask_both, mean_loss, score
 from mlx_qlora.look.gap import analyse
@@ -51,7 +52,8 @@ class RunResult:
 
 
 # How a run can end, as training_summary.json says it.
-_FINISHED, _STOPPED, _INTERRUPTED, _FAILED = "finished", "stopped early", "interrupted", "failed"
+_FINISHED, _STOPPED, _INTERRUPTED = "finished", "stopped early", "interrupted"
+_NOT_FINITE, _FAILED = "not finite", "failed"
 
 
 def run(config: RunConfig, quiet: bool = False) -> RunResult:
@@ -93,6 +95,9 @@ def run(config: RunConfig, quiet: bool = False) -> RunResult:
                 ended = _FINISHED
     except KeyboardInterrupt:  # the second one
         ended = _INTERRUPTED
+        raise
+    except NonFiniteError:
+        ended = _NOT_FINITE
         raise
     finally:
         console.end_bar()
@@ -268,5 +273,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Callable(ModuleType):
+    """`from mlx_qlora import train` gives the function, or this module where it was imported earlier. Both can be called."""
+
+    def __call__(self, config: RunConfig, quiet: bool = False) -> RunResult:
+        return run(config, quiet)
+
+
 if __name__ == "__main__":
     sys.exit(main())
+sys.modules[__name__].__class__ = _Callable

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import mlx_qlora  # noqa: F401  (first: it loads the fast BLAS)
+
+# isort: split
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
-import mlx_qlora  # noqa: F401  (first: it loads the fast BLAS)
 from mlx_qlora.model.load import Loaded, load
 from mlx_qlora.records import Example
 

@@ -40,25 +40,29 @@ def micro_step(engine: Engine) -> MicroStep:
     """A function of (batch, dropout key) that gives the summed loss and its gradient."""
     model, objective = engine.model, engine.objective
 
-    def total(batch: Batch) -> tuple[mx.array, LossSum]:
+    def total(params: Any, batch: Batch) -> tuple[mx.array, LossSum]:
+        model.update(params)
         loss = objective(model, batch)
         return loss.total, loss
 
-    def step(batch: Batch, key: mx.array) -> tuple[LossSum, Any]:
+    gradient = mx.value_and_grad(total)
+
+    def step(params: Any, key: mx.array, *batch: mx.array) -> tuple[tuple[Any, ...], Any]:
         with engine.with_key(model, key):
-            (_, loss), grads = nn.value_and_grad(model, total)(batch)
-        return loss, grads
+            (_, loss), grads = gradient(params, Batch(*batch))
+        return tuple(loss), grads
 
-    if not engine.compiled:
-        return step
-    # The parameters are inputs, not constants: an update changes them.
-    traced = mx.compile(lambda key, *batch: step(Batch(*batch), key), inputs=[model.state])
+    traced = mx.compile(step) if engine.compiled else step
 
-    def compiled_step(batch: Batch, key: mx.array) -> tuple[LossSum, Any]:
-        loss, grads = traced(key, *batch)
+    def run(batch: Batch, key: mx.array) -> tuple[LossSum, Any]:
+        params = model.trainable_parameters()
+        try:
+            loss, grads = traced(params, key, *batch)
+        finally:
+            model.update(params)  # tracing leaves placeholders in the model
         return LossSum(*loss), grads
 
-    return compiled_step
+    return run
 
 
 def dropout_key(seed: int, update: int, micro: int) -> mx.array:

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+
+from mlx_qlora.model import backend
+
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux's wheel of MLX needs another BLAS")
+
+
+def describe_in(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code + "; from mlx_qlora.model import backend; print(backend.describe())"],
+        capture_output=True, text=True, check=True, env=os.environ | environment,
+    )  # fmt: skip
+    return done.stdout
+
+
+@ON_LINUX
+def test_a_fast_blas_is_in_use_here() -> None:
+    assert backend.preload_blas().fast, "the tests need the cpu extra; they take an hour without it"
+
+
+@ON_LINUX
+def test_without_one_a_line_says_what_to_install() -> None:
+    assert "pip install 'mlx-qlora[cpu]'" in describe_in("import mlx_qlora", MLX_QLORA_BLAS="none")
+    assert "pip install 'mlx-qlora[cpu]'" in describe_in("import mlx_qlora", MLX_QLORA_BLAS="/no/such/library.so")
+
+
+@ON_LINUX
+def test_mlx_imported_first_is_said() -> None:
+    assert "import mlx_qlora before mlx" in describe_in("import mlx.core, mlx_qlora")
+
+
+def test_the_cpu_computes_in_float32() -> None:
+    if backend.on_cpu():
+        assert {backend.compute_dtype(dtype) for dtype in (mx.bfloat16, mx.float16, mx.float32)} == {mx.float32}
+    else:
+        assert backend.compute_dtype(mx.bfloat16) == mx.bfloat16

@@ -1,0 +1,65 @@
+"""The compiled micro-step, which GPUs use, against the eager one."""
+
+from __future__ import annotations
+
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_qlora.data.layout import lay_out, updates
+from mlx_qlora.data.sources import DataConfig
+from mlx_qlora.engine.optim import OptimConfig, make_optimizer
+from mlx_qlora.engine.steps import Engine, dropout_key, micro_step, steps
+from mlx_qlora.model import backend, frozen, lora
+from mlx_qlora.model.lora import LoraConfig
+from mlx_qlora.objectives.sft import sft
+from tests.conftest import largest_difference, make_examples, randomize_adapters, tiny_model
+
+pytestmark = pytest.mark.skipif(
+    backend.on_cpu() and shutil.which("g++") is None, reason="mx.compile on the CPU needs a C++ compiler"
+)
+
+
+def engine(compiled: bool, learning_rate: float = 1e-2) -> Engine:
+    model = tiny_model("mistral")
+    frozen.install(model)
+    lora.attach(model, LoraConfig(rank=4, scale=2.0, dropout=0.3))
+    randomize_adapters(model)
+    model.train()
+    config = OptimConfig(learning_rate=learning_rate, schedule="constant")
+    return Engine(model, sft(), make_optimizer(config, 10), config, lora.dropout_keys, seed=1, compiled=compiled)
+
+
+def test_one_micro_step_has_the_same_loss_and_gradient_for_every_shape_and_key() -> None:
+    eager, compiled = micro_step(engine(False)), micro_step(engine(True))
+    seen = []
+    for number, batch in enumerate(lay_out(make_examples(6), 2)):
+        key = dropout_key(0, number, 0)
+        loss, grads = compiled(batch, key)
+        expected, expected_grads = eager(batch, key)
+        assert loss.total.item() == pytest.approx(expected.total.item(), rel=1e-5)
+        assert loss.weight.item() == expected.weight.item()
+        assert largest_difference(grads, expected_grads) < 1e-5
+        again, _ = compiled(batch, dropout_key(0, number, 1))
+        seen += [loss.total.item(), again.total.item()]
+    assert len(set(seen)) == len(seen), "another key drops other places; a key that was baked in would not"
+
+
+def test_a_whole_run_is_the_same() -> None:
+    """The updates change what the compiled step computes with: parameters that were baked in would not move."""
+    made = make_examples(10)
+    losses = {}
+    for compiled in (False, True):
+        planned = updates(made, DataConfig(batch_size=2, gradient_accumulation=2), epochs=2, seed=0)
+        losses[compiled] = [report.loss for report in steps(engine(compiled), planned)]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+    assert np.ptp(losses[True]) > 0.1
+
+
+def test_the_model_is_usable_after_a_compiled_step() -> None:
+    made = engine(True)
+    micro_step(made)(lay_out(make_examples(2), 2)[0], dropout_key(0, 0, 0))
+    made.model.eval()
+    assert mx.isfinite(made.model(mx.array([[3, 4, 5]]))).all()
