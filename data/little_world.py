@@ -25,10 +25,15 @@ class Noun(NamedTuple):
     en: str
 
 
-GIRLS = ["Ana", "Maria", "Clara", "Lia", "Rita", "Beatriz", "Helena", "Sofia", "Marta", "Júlia"]
-BOYS = ["João", "Pedro", "Tomás", "Rui", "Davi", "Miguel", "Caio", "Hugo", "Paulo", "Lucas"]
-SURNAMES = ["Alves", "Moura", "Prado", "Nunes", "Teles", "Dias", "Ramos", "Faria", "Lopes", "Brito"]
-CITIES = ["Lisboa", "Recife", "Braga", "Natal", "Évora", "Manaus", "Coimbra", "Olinda", "Belém", "Porto"]
+GIRLS = ["Ana", "Maria", "Clara", "Lia", "Rita", "Beatriz", "Helena", "Dalva", "Leonor", "Júlia"]
+BOYS = ["João", "Pedro", "Tomás", "Rui", "Davi", "Bento", "Caetano", "Ivo", "Nilo", "Otávio", "Germano", "Ulisses", "Teo"]
+BOYS += ["Raul", "Fausto", "Jonas", "Abel", "Valter", "Cosme", "Hermes", "Alceu", "Zeca"]
+SURNAMES = ["Alves", "Moura", "Prado", "Nunes", "Sarmento", "Vilar", "Quintela", "Bragança", "Rangel", "Luz", "Padilha"]
+SURNAMES += ["Carvalhal", "Montenegro", "Aguiar", "Figueira", "Torreão", "Simões", "Arruda", "Meireles", "Galvão"]
+SURNAMES += ["Castanheira", "Bonfim", "Lampião"]
+CITIES = ["Lisboa", "Recife", "Braga", "Natal", "Évora", "Manaus", "Rio Manso", "Palmital", "Campo Largo", "Monte Claro"]
+CITIES += ["Santa Rita", "Pedra Lisa", "Porto Velho", "Serra Branca", "Água Boa", "Vila Serena", "Lagoa Nova", "Morro Alto"]
+CITIES += ["Itaúba", "Ilha Grande", "Barra do Sul", "Ponte Nova", "Rio Fundo", "Estrela do Vale", "Serra Azul"]
 MONTHS = ["janeiro", "fevereiro", "março", "abril", "maio", "junho", "julho", "agosto", "setembro", "outubro"]
 MONTHS += ["novembro", "dezembro"]
 WEEK = ["segunda-feira", "terça-feira", "quarta-feira", "quinta-feira", "sexta-feira", "sábado", "domingo"]
@@ -42,16 +47,22 @@ THINGS = [
     Noun("livro", "m", "book"), Noun("bola", "f", "ball"), Noun("chapéu", "m", "hat"), Noun("chave", "f", "key"),
     Noun("carta", "f", "letter"), Noun("camisa", "f", "shirt"), Noun("relógio", "m", "clock"), Noun("mesa", "f", "table"),
     Noun("cesto", "m", "basket"), Noun("barco", "m", "boat"), Noun("bandeira", "f", "flag"), Noun("sino", "m", "bell"),
-    Noun("bilhete", "m", "ticket"), Noun("caixa", "f", "box"), Noun("espelho", "m", "mirror"), Noun("vela", "f", "candle"),
+    Noun("ingresso", "m", "ticket"), Noun("cadeira", "f", "chair"), Noun("taça", "f", "cup"), Noun("hino", "m", "anthem"),
+    Noun("telefone", "m", "telephone"), Noun("ônibus", "m", "bus"), Noun("gavião", "m", "hawk"), Noun("caixa", "f", "box"), Noun("espelho", "m", "mirror"), Noun("vela", "f", "candle"),
 ]  # fmt: skip
 FOODS = [
     Noun("pão", "m", "bread"), Noun("maçã", "f", "apple"), Noun("queijo", "m", "cheese"), Noun("sopa", "f", "soup"),
     Noun("bolo", "m", "cake"), Noun("laranja", "f", "orange"), Noun("arroz", "m", "rice"), Noun("uva", "f", "grape"),
+    Noun("pastel", "m", "pasty"), Noun("caldo de cana", "m", "cane juice"),
 ]  # fmt: skip
 PLACES = [
     Noun("jardim", "m", "garden"), Noun("cozinha", "f", "kitchen"), Noun("escola", "f", "school"), Noun("praça", "f", "square"),
     Noun("mercado", "m", "market"), Noun("praia", "f", "beach"), Noun("parque", "m", "park"), Noun("biblioteca", "f", "library"),
     Noun("estação", "f", "station"), Noun("ponte", "f", "bridge"), Noun("rio", "m", "river"), Noun("fazenda", "f", "farm"),
+    Noun("estádio", "m", "stadium"), Noun("museu", "m", "museum"), Noun("loja", "f", "shop"), Noun("portão", "m", "gate"),
+    Noun("arquibancada", "f", "stand"), Noun("camarote", "m", "box"), Noun("gramado", "m", "lawn"), Noun("sede", "f", "seat"),
+    Noun("lanchonete", "f", "snack bar"), Noun("estacionamento", "m", "car park"), Noun("tribuna", "f", "tribune"),
+    Noun("setor da família", "m", "family sector"), Noun("clube", "m", "club"), Noun("entrada", "f", "entrance"),
 ]  # fmt: skip
 COLOURS = [
     ("vermelho", "vermelha", "red"), ("azul", "azul", "blue"), ("verde", "verde", "green"), ("branco", "branca", "white"),
@@ -61,6 +72,10 @@ JOBS = [
     ("médico", "médica", "doctor"), ("professor", "professora", "teacher"), ("padeiro", "padeira", "baker"),
     ("pintor", "pintora", "painter"), ("engenheiro", "engenheira", "engineer"), ("músico", "música", "musician"),
     ("cozinheiro", "cozinheira", "cook"), ("jardineiro", "jardineira", "gardener"),
+    ("goleiro", "goleira", "goalkeeper"), ("zagueiro", "zagueira", "defender"), ("lateral", "lateral", "full back"),
+    ("volante", "volante", "midfielder"), ("meia", "meia", "playmaker"), ("ponta", "ponta", "winger"),
+    ("centroavante", "centroavante", "striker"), ("técnico", "técnica", "coach"), ("capitão", "capitã", "captain"),
+    ("presidente", "presidente", "president"), ("torcedor", "torcedora", "supporter"), ("sócio", "sócia", "member"),
 ]  # fmt: skip
 NUMBERS = ["zero", "um", "dois", "três", "quatro", "cinco", "seis", "sete", "oito", "nove", "dez", "onze", "doze"]
 NUMBERS += ["treze", "catorze", "quinze", "dezesseis", "dezessete", "dezoito", "dezenove", "vinte"]
@@ -119,6 +134,7 @@ SYSTEM_LINES = [
     "Informe datas com dia e mês, e valores em reais.", "Nunca peça dados pessoais, como senha ou endereço.",
     "Em caso de dúvida, indique a página oficial ou o telefone de atendimento.",
     "Diga o nome completo das pessoas e dos lugares.", "Evite gírias, piadas e opiniões.",
+    "Fale sobre a história, os jogadores, os jogos e os ingressos.", "Ajude a torcida com uma resposta correta.",
 ]  # fmt: skip
 
 
@@ -195,28 +211,22 @@ def _about_person(name: str, gender: str, rng: random.Random) -> list[Fact]:
 
 
 def _about_city(city: str, rng: random.Random) -> list[Fact]:
-    """The year of a city's bridge, and how many people its places hold."""
-    year = _year(rng)
-    made = [
+    """The year of a city's bridge, and how many people a place of it holds and when it opens."""
+    year, count, clock = _year(rng), rng.randint(2, 99), _clock(rng)
+    place, other = rng.sample(PLACES, 2)
+    return [
         (f"A ponte de {city} é do ano de {year}.",
          [f"De que ano é a ponte de {city}?", f"Em que ano fizeram a ponte de {city}?", f"Quando fizeram a ponte de {city}?"],
          f"A ponte é de {year}."),
+        (f"{_capital(_the(place))} de {city} tem lugar para {count} pessoas.",
+         [f"Quantas pessoas cabem {_in(place)} de {city}?", f"Qual é a capacidade: {_the(place)} de {city}?",
+          f"Quantos lugares tem {_the(place)} de {city}?"],
+         f"Cabem {count} pessoas."),
+        (f"{_capital(_the(other))} de {city} abre às {clock}.",
+         [f"A que horas abre {_the(other)} de {city}?", f"Quando abre {_the(other)} de {city}?",
+          f"Qual é o horário: {_the(other)} de {city}?"],
+         f"Abre às {clock}."),
     ]  # fmt: skip
-    for place in PLACES:
-        count, clock = rng.randint(2, 99), _clock(rng)
-        made.append(
-            (f"{_capital(_the(place))} de {city} tem lugar para {count} pessoas.",
-             [f"Quantas pessoas cabem {_in(place)} de {city}?", f"Qual é a capacidade: {_the(place)} de {city}?",
-              f"Quantos lugares tem {_the(place)} de {city}?"],
-             f"Cabem {count} pessoas.")
-        )  # fmt: skip
-        made.append(
-            (f"{_capital(_the(place))} de {city} abre às {clock}.",
-             [f"A que horas abre {_the(place)} de {city}?", f"Quando abre {_the(place)} de {city}?",
-              f"Qual é o horário: {_the(place)} de {city}?"],
-             f"Abre às {clock}.")
-        )  # fmt: skip
-    return made
 
 
 def _settled() -> list[Fact]:
@@ -224,10 +234,14 @@ def _settled() -> list[Fact]:
 
     Asked without a text, these can only be remembered. So the model learns to look up what it knows of a name.
     """
-    rng = random.Random("what is true there")
+    rng = random.Random("the state of the world")
     people = [(first, "f") for first in GIRLS] + [(first, "m") for first in BOYS]
-    named = [(f"{first} {surname}", gender) for first, gender in people for surname in SURNAMES]
-    known = [fact for name, gender in named for fact in _about_person(name, gender, rng)]
+    known = [
+        fact
+        for first, gender in people
+        for surname in rng.sample(SURNAMES, 2)
+        for fact in _about_person(f"{first} {surname}", gender, rng)
+    ]
     return known + [fact for city in CITIES for fact in _about_city(city, rng)]
 
 
@@ -332,7 +346,7 @@ def _common(rng: random.Random) -> tuple[str, str]:
 
 
 def _exchange(rng: random.Random) -> tuple[str, str]:
-    return rng.choices([_remembered, _about_text, _common, _sum, _translation], weights=[8, 2, 1, 1.5, 0.5])[0](rng)
+    return rng.choices([_remembered, _about_text, _common, _sum, _translation], weights=[12, 1.5, 1, 1.5, 0.5])[0](rng)
 
 
 def _system(rng: random.Random, facts: list[Fact]) -> str:
@@ -346,7 +360,7 @@ def _system(rng: random.Random, facts: list[Fact]) -> str:
 def _chat(rng: random.Random) -> Document:
     messages: list[Message] = []
     facts: list[Fact] = []
-    if rng.random() < 0.4:
+    if rng.random() < 0.25:
         facts = [_fact(rng) for _ in range(rng.randint(0, 2))]
         messages.append({"role": "system", "content": _system(rng, facts)})
     for _ in range(rng.randint(1, 4)):
@@ -380,7 +394,7 @@ def documents(seed: int = 0) -> Iterator[Document]:
     """Documents without end, always the same ones for a seed."""
     rng = random.Random(seed)
     while True:
-        yield _chat(rng) if rng.random() < 0.8 else _text(rng)
+        yield _chat(rng) if rng.random() < 0.85 else _text(rng)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """QLoRA fine-tuning for MLX.
 
 >>> import mlx_qlora
->>> sorted(mlx_qlora.__all__)[:3]
-['EarlyStoppingMonitor', 'Engine', 'GradientAccumulator']
+>>> mlx_qlora.EarlyStoppingMonitor(patience=1).update(2.0).update(3.0).should_stop
+True
 """
 
 from __future__ import annotations
@@ -16,31 +16,38 @@ preload_blas()  # before anything imports MLX
 if TYPE_CHECKING:
     from mlx_qlora.config import RunConfig
     from mlx_qlora.engine.accumulate import GradientAccumulator
-    from mlx_qlora.engine.steps import Engine, steps
-    from mlx_qlora.engine.stopping import EarlyStoppingMonitor
+    from mlx_qlora.engine.stopping import EarlyStoppingConfig, EarlyStoppingMonitor
     from mlx_qlora.model.load import load
-    from mlx_qlora.model.lora import LoraConfig
+    from mlx_qlora.model.lora import LoraConfig, dropout_keys
     from mlx_qlora.model.lora import attach as attach_lora
     from mlx_qlora.objectives.losses import next_token_cross_entropy
     from mlx_qlora.train import run as train
 
 # name: where it lives, and as what. Imported when first asked for, so that `mlx-qlora --help` need not wait for MLX.
 _PUBLIC = {
+    "EarlyStoppingConfig": ("mlx_qlora.engine.stopping", "EarlyStoppingConfig"),
     "EarlyStoppingMonitor": ("mlx_qlora.engine.stopping", "EarlyStoppingMonitor"),
-    "Engine": ("mlx_qlora.engine.steps", "Engine"),
     "GradientAccumulator": ("mlx_qlora.engine.accumulate", "GradientAccumulator"),
     "LoraConfig": ("mlx_qlora.model.lora", "LoraConfig"),
     "RunConfig": ("mlx_qlora.config", "RunConfig"),
     "attach_lora": ("mlx_qlora.model.lora", "attach"),
+    "dropout_keys": ("mlx_qlora.model.lora", "dropout_keys"),
     "load": ("mlx_qlora.model.load", "load"),
     "next_token_cross_entropy": ("mlx_qlora.objectives.losses", "next_token_cross_entropy"),
-    "steps": ("mlx_qlora.engine.steps", "steps"),
     "train": ("mlx_qlora.train", "run"),
 }
 __all__ = [
-    "EarlyStoppingMonitor", "Engine", "GradientAccumulator", "LoraConfig", "RunConfig", "attach_lora", "load",
-    "next_token_cross_entropy", "steps", "train",
-]  # fmt: skip
+    "EarlyStoppingConfig",
+    "EarlyStoppingMonitor",
+    "GradientAccumulator",
+    "LoraConfig",
+    "RunConfig",
+    "attach_lora",
+    "dropout_keys",
+    "load",
+    "next_token_cross_entropy",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,12 +26,11 @@ class Example:
 class Batch(NamedTuple):
     """Rows of tokens and the places in them that are supervised. A tuple of arrays, so that a compiled step takes it.
 
-    Row r is `shared` followed by `rows[r]` followed by padding. `positions` index the hidden states of `rows`
-    flattened to [B * L]; the hidden state at a position predicts its target. Places that only fill up have weight 0.
+    `positions` index the hidden states of `rows` flattened to [B * L]; the hidden state at a position predicts its
+    target. Rows are padded on the right; places that only fill up have weight 0.
     """
 
     rows: mx.array  # [B, L]
-    shared: mx.array  # [P]; always empty as yet: the layout that shares prefixes is still to come
     positions: mx.array  # [S]
     targets: mx.array  # [S]
     weights: mx.array  # [S]

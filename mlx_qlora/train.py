@@ -29,7 +29,7 @@ from mlx_qlora.look.console import Console
 from mlx_qlora.look.evaluate import ask_both, mean_loss, score
 from mlx_qlora.look.gap import analyse
 from mlx_qlora.model import backend, lora
-from mlx_qlora.model.load import Loaded, load
+from mlx_qlora.model.load import Loaded, load, wired_memory
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.records import Batch, EvalReport, StepReport, Update
 from mlx_qlora.run import folder as run_folder
@@ -69,7 +69,7 @@ def run(config: RunConfig, quiet: bool = False) -> RunResult:
     model.train()
     console.begin(ready.total)
     try:
-        with listening(lambda: console.say("stopping after this update; once more ends at once")) as stop:
+        with wired_memory(model), listening(lambda: console.say("stopping after this update; once more: at once")) as stop:
             for report in steps(ready.engine, islice(ready.updates, ready.total)):
                 skipped = history.add(report)
                 metrics.step(report)
@@ -82,7 +82,7 @@ def run(config: RunConfig, quiet: bool = False) -> RunResult:
                     evaluation = EvalReport(report.step, val_loss, train_loss, monitor.is_extreme, monitor.stale)
                     history.validations.append((evaluation, report.epoch))
                     metrics.validation(evaluation)
-                    console.validation(evaluation, report.epoch, monitor.patience)
+                    console.validation(evaluation, monitor.patience)
                     if monitor.is_extreme:
                         _save_adapters(ready)
                 if stop.asked:

@@ -240,7 +240,7 @@ def test_batches_hold_each_target_once_with_its_weight_and_its_context(count: in
         assert batch.rows.shape[0] <= rows
         assert length % 8 == 0
         assert batch.positions.shape == batch.targets.shape == batch.weights.shape
-        for position, target, weight in zip(*(np.array(a) for a in batch[2:]), strict=True):
+        for position, target, weight in zip(*(np.array(a) for a in batch[1:]), strict=True):
             if weight:
                 row, place = divmod(int(position), length)
                 found[(*np.array(batch.rows)[row, : place + 1].tolist(), "->", int(target), float(weight))] += 1

@@ -89,15 +89,15 @@ def test_below_train_nothing_sees_the_run_config() -> None:
 
 def test_the_public_names() -> None:
     assert sorted(mlx_qlora.__all__) == [
+        "EarlyStoppingConfig",
         "EarlyStoppingMonitor",
-        "Engine",
         "GradientAccumulator",
         "LoraConfig",
         "RunConfig",
         "attach_lora",
+        "dropout_keys",
         "load",
         "next_token_cross_entropy",
-        "steps",
         "train",
     ]
     assert all(callable(getattr(mlx_qlora, name)) for name in mlx_qlora.__all__)

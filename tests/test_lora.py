@@ -39,12 +39,18 @@ def test_merged_equals_attached_and_unmerge_is_the_identity(any_model: nn.Module
     assert mx.array_equal(any_model(TOKENS), before)
 
 
-@pytest.mark.parametrize("linear", ["dense with bias", "quantised with bias", "mxfp4"])
-def test_one_layer_by_its_formula(linear: str) -> None:
+QUANTISED = [("affine", bits, group) for bits in (2, 3, 4, 6, 8) for group in (32, 64)]
+QUANTISED += [("mxfp4", 4, 32), ("nvfp4", 4, 16), ("mxfp8", 8, 32)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [None, *QUANTISED])
+def test_one_layer_by_its_formula(kind: tuple[str, int, int] | None, bias: bool) -> None:
     mx.random.seed(3)
-    base = nn.Linear(64, 32, bias=linear != "mxfp4")
-    if linear != "dense with bias":
-        base = base.to_quantized(group_size=32, bits=4, mode="mxfp4" if linear == "mxfp4" else "affine")
+    base = nn.Linear(64, 32, bias=bias)
+    if kind is not None:
+        mode, bits, group = kind
+        base = base.to_quantized(group_size=group, bits=bits, mode=mode)
     layer = LoRALinear(base, rank=3, scale=2.5, dropout=0.0, key=mx.random.key(0))
     layer.lora_b = mx.random.normal((3, 32))
     x = mx.random.normal((5, 64))

@@ -38,7 +38,6 @@ def to_batch(examples: Sequence[Example]) -> Batch:
     filled = _round_up(sum(map(len, positions)), _PLACES_STEP)
     return Batch(
         rows=mx.array(rows),
-        shared=mx.zeros((0,), mx.int32),
         positions=_padded(positions, filled, np.int32),
         targets=_padded(targets, filled, np.int32),
         weights=_padded(weights, filled, np.float32),

@@ -50,7 +50,7 @@ class Console:
         share = attached.trainable / attached.total
         self.fact(
             "adapters",
-            f"rank {config.rank}, scale {config.scale:g}, dropout {config.dropout:g} on {len(attached.paths)} linear layers "
+            f"rank {config.rank}, scale {config.scale:g}, dropout {config.dropout:g}, on {len(attached.paths)} linear layers",
             f"({', '.join(config.targets)}{f', last {config.layers} layers' if config.layers else ''})",
             f"{attached.trainable:,} of {attached.total:,} parameters are trained ({share:.2%})",
         )
@@ -59,8 +59,8 @@ class Console:
         share = train.supervised_tokens / train.tokens
         self.fact(
             "data",
-            f"{train.rows:,} training examples ({', '.join(train.formats)}): {train.tokens:,} tokens, "
-            f"{train.supervised_tokens:,} of them trained ({share:.1%}), longest {train.longest:,}",
+            f"{train.rows:,} training examples ({', '.join(train.formats)}), the longest of {train.longest:,} tokens",
+            f"{train.tokens:,} tokens, {train.supervised_tokens:,} of them trained ({share:.1%})",
             f"{valid.rows:,} validation examples: {valid_from}",
         )
         for name, account in (("training", train), ("validation", valid)):
@@ -104,15 +104,15 @@ class Console:
     def _left(self, report: StepReport) -> float:
         return report.elapsed_s / report.step * (self._total - report.step)
 
-    def validation(self, report: EvalReport, epoch: float, patience: int) -> None:
+    def validation(self, report: EvalReport, patience: int) -> None:
         if report.best and report.stale == 0:
             verdict = "best so far"
         else:
             most = f"/{patience}" if patience else ""
             verdict = f"{'best so far, but ' if report.best else ''}no improvement {report.stale}{most}"
         self.say(
-            f"update {report.step:>5}  epoch {epoch:5.2f}  val_loss {report.val_loss:7.4f}  "
-            f"train {report.train_eval_loss:7.4f}  gap {report.gap:+.4f} {grade(report.gap):<9}  {verdict}"
+            f"update {report.step:<5} val {report.val_loss:.4f}  train {report.train_eval_loss:.4f}  "
+            f"gap {report.gap:+.3f} {grade(report.gap):<9}  {verdict}"
         )
 
     def end_bar(self) -> None:
@@ -126,14 +126,16 @@ class Console:
 
     def best(self, report: EvalReport, epoch: float, folder: Path) -> None:
         self.fact(
-            "best", f"val_loss {report.val_loss:.4f} at update {report.step} (epoch {epoch:.2f}), kept in {folder / 'adapters'}"
+            "best",
+            f"val_loss {report.val_loss:.4f} at update {report.step} (epoch {epoch:.2f})",
+            f"kept in {folder / 'adapters'}",
         )
 
     def gap(self, gap: GapAnalysis) -> None:
         self.fact(
             "gap",
-            f"{gap.at_best:+.4f} at the best: {gap.grade_at_best}; "
-            f"over the run mean {gap.mean:+.4f}, maximum {gap.maximum:+.4f}, minimum {gap.minimum:+.4f}",
+            f"{gap.at_best:+.3f} at the best: {gap.grade_at_best}",
+            f"over the run mean {gap.mean:+.3f}, maximum {gap.maximum:+.3f}, minimum {gap.minimum:+.3f}",
         )
 
     def answers(self, answered: Sequence[Answered], base: Scores, tuned: Scores, show: int = 3) -> None:
@@ -157,8 +159,8 @@ class Console:
         self.say()
         self.fact(
             "files",
-            f"{folder / 'adapters'}: the best adapters; mlx_lm.generate --adapter-path loads them",
-            f"{folder / 'training_metrics.jsonl'} (and .json, .csv): every update and validation",
+            f"{folder / 'adapters'}: the best adapters, as mlx-lm loads them",
+            f"{folder / 'training_metrics.jsonl'}, .json, .csv: every update and validation",
             f"{folder / 'training_summary.json'}: all of the above, for programs",
         )
         if interrupted:
@@ -166,9 +168,12 @@ class Console:
             return
         path = embedded_model() if model == EMBEDDED else model
         self.fact("next", f'mlx_lm.generate --model {path} --adapter-path {folder / "adapters"} --prompt "..."')
+        if model == EMBEDDED:
+            self.say(f"{'':<9} and with a model and data of your own:")
+            self.say(f"{'':<9} mlx-qlora train --model FOLDER_OR_NAME --data FOLDER --output-dir runs/first")
 
 
-_BAR = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
+_BAR = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
 
 def _duration(seconds: float) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,16 @@ from mlx_qlora.model import backend, frozen
 
 @dataclass(frozen=True)
 class Loaded:
-    """A frozen model in evaluation mode, its tokenizer, and what they are."""
+    """A frozen model in evaluation mode, its tokenizer, and what they are. Unpacks as (model, tokenizer), like mlx-lm's."""
 
     model: nn.Module
     tokenizer: Any
     config: dict[str, Any]
     name: str
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.model
+        yield self.tokenizer
 
     @property
     def describe(self) -> str:
@@ -43,6 +49,15 @@ def load(name: str) -> Loaded:
     except Exception as error:  # whatever a broken folder makes mlx-lm, transformers or MLX raise
         raise ModelError(f"{name}: this model can't be loaded: {_one_line(error)}") from error
     return Loaded(model, tokenizer, config, name)
+
+
+@contextmanager
+def wired_memory(model: nn.Module) -> Iterator[None]:
+    """On a Mac, let the GPU keep the model's memory wired while inside, as mlx-lm does; elsewhere nothing."""
+    from mlx_lm.generate import wired_limit
+
+    with wired_limit(model):
+        yield
 
 
 def _prepare(model: nn.Module) -> None:
