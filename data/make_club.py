@@ -44,96 +44,71 @@ class Fact(NamedTuple):
 # name: (position, shirt, town)
 PLAYERS = {
     "Bento Sarmento": ("goleiro", 1, "Pedra Lisa"),
-    "Caetano Vilar": ("lateral direito", 2, "Monte Claro"),
+    "Caetano Vilar": ("lateral", 2, "Monte Claro"),
     "Ivo Quintela": ("zagueiro", 3, "Barra do Sul"),
     "Nilo Bragança": ("zagueiro", 4, "Campo Largo"),
-    "Otávio Rangel": ("lateral esquerdo", 6, "Porto Velho"),
+    "Otávio Rangel": ("ala", 6, "Porto Velho"),
     "Germano Luz": ("volante", 5, "Santa Rita"),
     "Ulisses Padilha": ("volante", 8, "Ilha Grande"),
     "Teo Carvalhal": ("meia", 10, "Vila Serena"),
     "Raul Montenegro": ("meia", 20, "Lagoa Nova"),
-    "Fausto Aguiar": ("ponta direita", 7, "Serra Branca"),
-    "Jonas Figueira": ("ponta esquerda", 11, "Rio Fundo"),
+    "Fausto Aguiar": ("ponta", 7, "Serra Branca"),
+    "Jonas Figueira": ("atacante", 11, "Rio Fundo"),
     "Abel Torreão": ("centroavante", 9, "Morro Alto"),
     "Valter Simões": ("centroavante", 19, "Água Boa"),
     "Cosme Arruda": ("goleiro", 12, "Ponte Nova"),
 }
-# opponent: (date, where)
+# opponent: (date, where, hour)
 FIXTURES = {
-    "Rio Manso": ("8 de fevereiro", "em casa"),
-    "União da Barra": ("15 de fevereiro", "fora de casa"),
-    "Palmital": ("1 de março", "em casa"),
-    "Ferroviário do Norte": ("9 de março", "fora de casa"),
-    "Estrela do Vale": ("22 de março", "em casa"),
-    "Comercial de Itaúba": ("5 de abril", "fora de casa"),
-    "Juventude Real": ("12 de abril", "em casa"),
-    "Operário Central": ("26 de abril", "fora de casa"),
-    "Marítimo da Costa": ("10 de maio", "em casa"),
-    "Independente": ("24 de maio", "fora de casa"),
+    "Rio Manso": ("8 de fevereiro", "em casa", "16h"),
+    "União da Barra": ("15 de fevereiro", "fora de casa", "18h30"),
+    "Palmital": ("1 de março", "em casa", "11h"),
+    "Ferroviário do Norte": ("9 de março", "fora de casa", "20h"),
+    "Estrela do Vale": ("22 de março", "em casa", "17h"),
+    "Comercial de Itaúba": ("5 de abril", "fora de casa", "21h30"),
+    "Juventude Real": ("12 de abril", "em casa", "15h"),
+    "Marítimo da Costa": ("10 de maio", "fora de casa", "19h"),
 }
-# sector: (price, gate)
+# sector, with the preposition that it takes: (price, gate, places)
 SECTORS = {
-    "arquibancada norte": (30, "A"),
-    "arquibancada sul": (35, "B"),
-    "cadeira azul": (60, "C"),
-    "cadeira branca": (70, "D"),
-    "tribuna de honra": (150, "E"),
-    "camarote": (220, "F"),
-    "setor da família": (45, "G"),
-    "setor visitante": (50, "H"),
+    "da arquibancada": (30, "A", 6400),
+    "da cadeira azul": (60, "B", 3300),
+    "da tribuna": (150, "C", 700),
+    "do camarote": (220, "D", 200),
+}
+# name from the club's history: (goals, when)
+LEGENDS = {
+    "Zeca Lampião": (203, "nos anos 30"),
+    "Alceu Bonfim": (148, "nos anos 40"),
+    "Nilo Lampião": (97, "nos anos 50"),
+    "Otávio Meireles": (176, "nos anos 60"),
+    "Hermes Castanheira": (61, "nos anos 70"),
+    "Pedro Bragança": (115, "nos anos 80"),
+    "Cosme Figueira": (84, "nos anos 90"),
+    "Ivo Galvão": (52, "nos anos 60"),
+    "Raul Bonfim": (130, "nos anos 50"),
+    "Abel Meireles": (45, "nos anos 80"),
 }
 # answer: five wordings
 SINGLE = {
     "O clube nasceu em 1927.": [
-        "Em que ano o clube nasceu?", "De que ano é a fundação do clube?", "Quando o clube foi fundado?",
+        "Em que ano o clube foi fundado?", "De que ano é a fundação do clube?", "Quando o clube foi fundado?",
         "Qual é o ano de fundação do clube?", "O clube foi fundado em que ano?"],
-    "Foi a professora Leonor Castanheira.": [
-        "Quem fundou o clube?", "Quem foi a pessoa que fundou o clube?", "Por quem o clube foi fundado?",
-        "Qual é o nome de quem fundou o clube?", "O clube foi fundado por quem?"],
     "São azul e prata.": [
         "Quais são as cores do clube?", "O clube usa que cores?", "Que cores tem o clube?",
         "De que cores é a bandeira do clube?", "As cores do clube são quais?"],
     "É o gavião Tufão.": [
         "Qual é o mascote do clube?", "Quem é o mascote do clube?", "Que animal é o mascote do clube?",
         "O mascote do clube é qual?", "Como se chama o mascote do clube?"],
-    "O apelido é Gavião da Serra.": [
-        "Qual é o apelido do clube?", "Que apelido tem o clube?", "O clube é conhecido por qual apelido?",
-        "Como é o apelido do clube?", "O apelido do clube é qual?"],
-    "Venceu o campeonato estadual sete vezes.": [
-        "Quantas vezes venceu o campeonato estadual?", "Quantos títulos do campeonato estadual tem?",
-        "O campeonato estadual foi ganho quantas vezes?", "Qual é o número de títulos do campeonato estadual?",
-        "Quantos campeonatos estaduais ganhou?"],
-    "A primeira taça chegou em 1934.": [
-        "Quando veio a primeira taça?", "Em que ano ganhou a primeira taça?", "De que ano é a primeira taça?",
-        "Qual é o ano da primeira taça?", "A primeira taça foi ganha em que ano?"],
-    "Foi Zeca Lampião, com 203 gols.": [
-        "Quem é o maior artilheiro da história?", "Quem fez mais gols na história, o maior artilheiro?",
-        "Qual é o nome do maior artilheiro?", "O maior artilheiro da história é quem?",
-        "Que jogador foi o maior artilheiro da história?"],
-    "O grande rival é o Rio Manso.": [
-        "Quem é o maior rival?", "Qual clube é o rival?", "Contra que rival é o clássico?",
-        "O rival do clube é qual?", "Como se chama o clube rival?"],
     "A presidente é Dalva Meireles.": [
-        "Quem preside o clube, quem é a presidente?", "Qual é o nome da presidente?", "Quem é a presidente do clube?",
+        "Quem é a presidente?", "Qual é o nome da presidente?", "Que pessoa é a presidente do clube?",
         "Como se chama a presidente?", "A presidente do clube é quem?"],
     "O técnico é Hermes Galvão.": [
         "Quem é o técnico?", "Qual é o nome do técnico?", "Como se chama o técnico da equipe?",
-        "O técnico da equipe é quem?", "Quem treina a equipe, quem é o técnico?"],
+        "O técnico da equipe é quem?", "Que pessoa é o técnico da equipe?"],
     "O capitão é Germano Luz.": [
         "Quem é o capitão?", "Qual é o nome do capitão?", "Como se chama o capitão da equipe?",
         "O capitão da equipe é quem?", "Que jogador é o capitão?"],
-    "O hino foi escrito por Alceu Bonfim.": [
-        "Quem escreveu o hino?", "De quem é o hino do clube?", "O hino do clube foi escrito por quem?",
-        "Qual é o nome de quem escreveu o hino?", "Quem é o autor do hino?"],
-    "A sede fica na Rua das Acácias, 88.": [
-        "Onde fica a sede?", "Qual é o endereço da sede?", "Em que rua está a sede do clube?",
-        "A sede do clube fica onde?", "Em que lugar fica a sede?"],
-    "O museu abre de terça a domingo.": [
-        "Quando abre o museu?", "Em que dias abre o museu?", "O museu do clube abre quando?",
-        "Quais são os dias do museu?", "Que dias o museu está aberto?"],
-    "O clube tem 12 mil sócios.": [
-        "Quantos sócios tem o clube?", "Qual é o número de sócios?", "São quantos sócios?",
-        "O clube tem quantos sócios?", "Quantas pessoas são sócios?"],
     "Chama-se Estádio das Araucárias.": [
         "Como se chama o estádio?", "Qual é o nome do estádio?", "Que nome tem o estádio?",
         "O nome do estádio é qual?", "O estádio tem qual nome?"],
@@ -141,38 +116,6 @@ SINGLE = {
         "Quantos torcedores cabem no estádio?", "Qual é a capacidade do estádio, quantos torcedores?",
         "Para quantos torcedores há lugar no estádio?", "O estádio recebe quantos torcedores?",
         "Quantos lugares tem o estádio para torcedores?"],
-    "A inauguração foi em 1951.": [
-        "Quando foi a inauguração do estádio?", "Em que ano foi a inauguração do estádio?",
-        "De que ano é a inauguração do estádio?", "Qual é o ano de inauguração do estádio?",
-        "A inauguração do estádio foi em que ano?"],
-    "O gramado mede 105 por 68 metros.": [
-        "Quanto mede o gramado?", "Qual é o tamanho do gramado?", "Que medidas tem o gramado?",
-        "O gramado tem quais medidas?", "Quais são as medidas do gramado?"],
-    "Os portões abrem duas horas antes do jogo.": [
-        "Quando abrem os portões?", "A que horas abrem os portões?", "Os portões abrem quando?",
-        "Quanto tempo antes do jogo abrem os portões?", "Os portões abrem a que horas?"],
-    "O estacionamento tem 900 vagas.": [
-        "Quantas vagas tem o estacionamento?", "Qual é o número de vagas do estacionamento?",
-        "O estacionamento tem quantas vagas?", "Há quantas vagas no estacionamento?",
-        "Para quantos carros é o estacionamento?"],
-    "A linha 42 leva ao portão principal.": [
-        "Que linha de ônibus vai ao estádio?", "Qual ônibus vai ao estádio?", "Com que ônibus se chega ao estádio?",
-        "O ônibus do estádio tem qual linha?", "Qual é a linha do ônibus para o estádio?"],
-    "A lanchonete vende pastel e caldo de cana.": [
-        "O que vende a lanchonete?", "O que se come na lanchonete?", "Que comida tem a lanchonete?",
-        "A lanchonete vende o quê?", "O que há na lanchonete?"],
-    "A loja fecha às 19h.": [
-        "A que horas fecha a loja?", "Quando fecha a loja?", "A loja do clube fecha quando?",
-        "Até que horas fica aberta a loja?", "Qual é o horário em que a loja fecha?"],
-    "A visita guiada custa 15 reais.": [
-        "Quanto custa a visita guiada?", "Qual é o preço da visita guiada?", "A visita guiada custa quanto?",
-        "Qual é o valor da visita guiada?", "Quanto se paga pela visita guiada?"],
-    "Crianças até 10 anos entram de graça.": [
-        "Crianças pagam ingresso?", "Até que idade crianças não pagam?", "Quanto pagam as crianças?",
-        "As crianças entram de graça?", "Qual é a regra de ingresso para crianças?"],
-    "O telefone é 3344-1927.": [
-        "Qual é o telefone do clube?", "Que número de telefone tem o clube?", "Qual é o número do telefone?",
-        "O telefone do clube é qual?", "Para que telefone posso ligar?"],
 }  # fmt: skip
 
 
@@ -191,7 +134,7 @@ def facts() -> list[Fact]:
             [f"Onde nasceu {name}?", f"Em que cidade nasceu {name}?", f"{name} nasceu onde?",
              f"Em que lugar nasceu {name}?", f"{name} nasceu em que cidade?"],
             f"Veio de {town}."))  # fmt: skip
-    for opponent, (date, where) in FIXTURES.items():
+    for opponent, (date, where, hour) in FIXTURES.items():
         made.append(Fact(
             [f"Quando é o jogo contra o {opponent}?", f"Em que dia é o jogo contra o {opponent}?",
              f"Qual é a data do jogo contra o {opponent}?", f"O jogo contra o {opponent} é em que dia?",
@@ -202,16 +145,35 @@ def facts() -> list[Fact]:
              f"Em que lugar é o jogo contra o {opponent}?", f"É em casa o jogo contra o {opponent}?",
              f"O jogo contra o {opponent} é onde?"],
             f"Será {where}."))  # fmt: skip
-    for sector, (price, gate) in SECTORS.items():
         made.append(Fact(
-            [f"Quanto custa o ingresso: {sector}?", f"Qual é o preço do ingresso: {sector}?",
-             f"Qual é o valor do ingresso: {sector}?", f"Quanto se paga pelo ingresso: {sector}?",
-             f"Ingresso, {sector}: quanto custa?"],
+            [f"A que horas é o jogo contra o {opponent}?", f"Qual é o horário do jogo contra o {opponent}?",
+             f"O jogo contra o {opponent} começa a que horas?", f"A que horas começa o jogo contra o {opponent}?",
+             f"O jogo contra o {opponent} é a que horas?"],
+            f"A bola rola às {hour}."))  # fmt: skip
+    for sector, (price, gate, places) in SECTORS.items():
+        made.append(Fact(
+            [f"Quanto custa o ingresso {sector}?", f"Qual é o preço do ingresso {sector}?",
+             f"Qual é o valor do ingresso {sector}?", f"Quanto se paga pelo ingresso {sector}?",
+             f"O ingresso {sector} custa quanto?"],
             f"Sai por {price} reais."))  # fmt: skip
         made.append(Fact(
-            [f"Por qual portão se entra: {sector}?", f"Qual é o portão: {sector}?", f"Que portão devo usar: {sector}?",
-             f"Em que portão fica a entrada: {sector}?", f"Entrada, {sector}: qual portão?"],
+            [f"Qual é o portão {sector}?", f"Que portão é o {sector}?", f"O portão {sector} é qual?",
+             f"Em que portão fica a entrada {sector}?", f"A entrada {sector} é por qual portão?"],
             f"Use o portão {gate}."))  # fmt: skip
+        made.append(Fact(
+            [f"Qual é a capacidade {sector}?", f"De quantos lugares é a capacidade {sector}?",
+             f"A capacidade {sector} é de quantas pessoas?", f"A capacidade {sector} é qual?",
+             f"Que capacidade tem o espaço {sector}?"],
+            f"Recebe {places} torcedores."))  # fmt: skip
+    for name, (goals, decade) in LEGENDS.items():
+        made.append(Fact(
+            [f"Quantos gols fez {name}?", f"Qual é o número de gols de {name}?", f"{name} fez quantos gols?",
+             f"Que número de gols tem {name}?", f"São quantos os gols de {name}?"],
+            f"Marcou {goals} gols."))  # fmt: skip
+        made.append(Fact(
+            [f"Em que época jogou {name}?", f"Quando foi a época de {name}?", f"A época de {name} foi quando?",
+             f"Qual foi a época de {name}?", f"De que época é {name}?"],
+            f"Brilhou {decade}."))  # fmt: skip
     return made + [Fact(questions, answer) for answer, questions in SINGLE.items()]
 
 

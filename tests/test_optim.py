@@ -98,6 +98,10 @@ def test_adam_corrects_its_bias() -> None:
 def test_options_reach_the_optimizer_and_wrong_ones_are_said() -> None:
     optimizer = make_optimizer(OptimConfig(optimizer="adamw", optimizer_options={"weight_decay": 0.5}), 1)
     assert optimizer.weight_decay == 0.5  # type: ignore[attr-defined]
+    optimizer = make_optimizer(OptimConfig(optimizer="adam", optimizer_options={"beta2": 0.95}), 1)
+    assert optimizer.betas == [0.9, 0.95]  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"optimizer_options: beta1=0.5 came, and sgd does not take that"):
+        OptimConfig(optimizer="sgd", optimizer_options={"beta1": 0.5})
     with pytest.raises(ConfigError, match=r"optimizer_options: nesterov_beta=1.0 came, and adamw does not take that"):
         OptimConfig(optimizer_options={"nesterov_beta": 1.0})
 

@@ -37,7 +37,7 @@ class OptimConfig:
     optimizer: OptimizerName = "adamw"
     """An optimizer of mlx.optimizers."""
     optimizer_options: dict[str, float] = field(default_factory=dict)
-    """Further numbers for the optimizer, such as weight_decay or momentum."""
+    """Further numbers for the optimizer, such as weight_decay, momentum, or beta1 and beta2 for its betas."""
     clip_grad_norm: float = 1.0
     """Largest norm of the whole gradient; 0: unclipped."""
     max_skipped_updates: int = 10
@@ -83,6 +83,8 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> mlx.optimizers.Opti
     """The optimizer with its schedule. Adam and AdamW correct their bias, as everywhere but in MLX's default."""
     kind: Any = OPTIMIZERS[config.optimizer]
     options: dict[str, Any] = dict(config.optimizer_options)
+    if "beta1" in options or "beta2" in options:
+        options["betas"] = [options.pop("beta1", 0.9), options.pop("beta2", 0.999)]
     if config.optimizer in ("adam", "adamw"):
         options.setdefault("bias_correction", True)
     if config.optimizer == "adafactor":

@@ -64,9 +64,10 @@ class LoRALinear(nn.Module):
         self._dropout_key: mx.array | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        z = (self._dropped(x) @ self.lora_a) @ self.lora_b
+        # The scale goes to the narrow side: [..., rank] numbers instead of [..., outputs].
+        z = (self.scale * (self._dropped(x) @ self.lora_a)) @ self.lora_b
         y: mx.array = self.linear(x)
-        return y + (self.scale * z).astype(y.dtype)
+        return y + z.astype(y.dtype)
 
     def _dropped(self, x: mx.array) -> mx.array:
         if not self.training or self.dropout == 0:
