@@ -51,7 +51,7 @@ class Console:
         self.fact(
             "adapters",
             f"rank {config.rank}, scale {config.scale:g}, dropout {config.dropout:g}, on {len(attached.paths)} linear layers",
-            f"({', '.join(config.targets)}{f', last {config.layers} layers' if config.layers else ''})",
+            f"{', '.join(config.targets)}{f', last {config.layers} layers' if config.layers else ''}: "
             f"{attached.trainable:,} of {attached.total:,} parameters are trained ({share:.2%})",
         )
 
