@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -34,6 +35,22 @@ def test_without_one_a_line_says_what_to_install() -> None:
 @ON_LINUX
 def test_mlx_imported_first_is_said() -> None:
     assert "import mlx_qlora before mlx" in describe_in("import mlx.core, mlx_qlora")
+
+
+@ON_LINUX
+def test_an_mlx_without_its_library_is_said(tmp_path: Path) -> None:
+    """As after `pip install mlx-qlora` without an extra: the package is there, libmlx.so is not."""
+    assert backend.missing_mlx() == ""
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").touch()
+    (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_qlora", "train", "--demo"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("mlx-qlora: MLX has no library to compute with here. Install one: pip install")
+    assert "Traceback" not in done.stderr
 
 
 def test_the_cpu_computes_in_float32() -> None:

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from mlx_qlora.model.backend import missing_mlx
+
 # verb: (module with a main(arguments), what it does)
 VERBS = {
     "train": ("mlx_qlora.train", "fine-tune a model; --demo shows a whole run on the embedded model and data"),
@@ -15,6 +17,9 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in VERBS:
+        if problem := missing_mlx():
+            print(f"mlx-qlora: {problem}", file=sys.stderr)
+            return 2
         return int(import_module(VERBS[verb][0]).main(rest))
     if verb == "--version":
         from importlib.metadata import version

@@ -166,11 +166,16 @@ class Console:
         if interrupted:
             self.fact("next", "to train to the end, start again with --overwrite")
             return
-        path = embedded_model() if model == EMBEDDED else model
+        path = _from_here(embedded_model()) if model == EMBEDDED else model
         self.fact("next", f'mlx_lm.generate --model {path} --adapter-path {folder / "adapters"} --prompt "..."')
         if model == EMBEDDED:
             self.say(f"{'':<9} and with a model and data of your own:")
             self.say(f"{'':<9} mlx-qlora train --model FOLDER_OR_NAME --data FOLDER --output-dir runs/first")
+
+
+def _from_here(path: Path) -> Path:
+    """Relative to the current folder where it lies in it, for lines that people copy."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 _BAR = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -68,6 +69,21 @@ def _candidates() -> list[str]:
     found = [str(path) for path in sorted(Path(sys.prefix, "lib").glob(_PIP_BLAS))]
     found += [name for name in map(ctypes.util.find_library, _SYSTEM_BLAS) if name]
     return found
+
+
+def missing_mlx() -> str:
+    """What to do where MLX is not there to compute with; empty where it is.
+
+    On Linux the package `mlx` alone has no library: it comes with mlx[cpu] or mlx[cuda13].
+    """
+    spec = importlib.util.find_spec("mlx")
+    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    if sys.platform != "linux" or any(list(folder.glob("lib*/libmlx.so")) for folder in folders):
+        return ""
+    return (
+        "MLX has no library to compute with here. Install one: pip install 'mlx-qlora[cpu]', "
+        "or with an NVIDIA GPU pip install 'mlx-qlora[cuda]'."
+    )
 
 
 def on_cpu() -> bool:

@@ -118,5 +118,5 @@ def _from_hub(name: str) -> Path:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) < 300 else text[:297] + "..."
