@@ -31,7 +31,7 @@ def test_the_demo_runs_from_the_wheel_alone_in_any_folder(tmp_path: Path) -> Non
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "848 training examples" in done.stdout
-    assert str(tmp_path / "site") in done.stdout, "the model of the wheel, not of the checkout"
+    assert "--model site/mlx_qlora/assets/mistral" in done.stdout, "the model of the wheel, not of the checkout"
     assert (tmp_path / "runs" / "demo" / "adapters" / "adapters.safetensors").exists()
 
 
