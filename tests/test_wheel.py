@@ -45,6 +45,14 @@ def test_the_demos_data_are_what_their_generator_makes(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (ROOT / "data" / f"{name}.jsonl").read_bytes()
 
 
+def test_the_embedded_tokenizer_is_what_its_script_makes(tmp_path: Path) -> None:
+    """The weights take 20 minutes to make; the tokenizer, which hangs on every line of the little world, seconds."""
+    code = f"import make_model, pathlib; make_model.make_tokenizer(pathlib.Path({str(tmp_path)!r}), 7)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "data", check=True, capture_output=True)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / name).read_bytes() == (embedded_model() / name).read_bytes()
+
+
 def test_no_question_occurs_twice_and_all_have_the_same_system_prompt() -> None:
     rows = {
         name: [json.loads(line)["messages"] for line in (embedded_data() / f"{name}.jsonl").read_text().splitlines()]
