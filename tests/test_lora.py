@@ -199,33 +199,30 @@ def test_a_recomputed_forward_drops_the_same_places(compiled: bool) -> None:
 # mlx-lm reads what we write
 
 
-@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "down_proj"), ("attention", "lm_head")])
-def test_adapters_load_in_mlx_lm_and_give_the_same_logits(tmp_path: Path, targets: tuple[str, ...]) -> None:
+def check_in_mlx_lm(model: nn.Module, attached: lora.Attached, folder: Path) -> None:
     from mlx_lm.utils import load_adapters
 
-    model = tiny_model("mistral")
-    attached = lora.attach(model, LoraConfig(rank=4, scale=3.0, dropout=0.1, layers=2, targets=targets))
     randomize_adapters(model)
-    save_adapters(tmp_path, lora.adapter_arrays(model), attached.adapter_config)
+    save_adapters(folder, lora.adapter_arrays(model), attached.adapter_config)
     theirs = tiny_model("mistral")
-    load_adapters(theirs, str(tmp_path / "adapters"))
+    load_adapters(theirs, str(folder / "adapters"))
     theirs.eval()
     assert mx.allclose(theirs(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "down_proj"), ("attention", "lm_head")])
+def test_adapters_load_in_mlx_lm_and_give_the_same_logits(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    model = tiny_model("mistral")
+    attached = lora.attach(model, LoraConfig(rank=4, scale=3.0, dropout=0.1, layers=2, targets=targets))
+    check_in_mlx_lm(model, attached, tmp_path)
 
 
 def test_a_predicate_that_no_config_can_say_loads_in_mlx_lm_too(tmp_path: Path) -> None:
     """v_proj of layer 0 and q_proj of layer 2: mlx-lm puts zeros on the rest."""
-    from mlx_lm.utils import load_adapters
-
     chosen = {"model.layers.0.self_attn.v_proj", "model.layers.2.self_attn.q_proj"}
     model = tiny_model("mistral")
     attached = lora.attach(model, LoraConfig(rank=4), predicate=lambda path, _: path in chosen)
-    randomize_adapters(model)
-    save_adapters(tmp_path, lora.adapter_arrays(model), attached.adapter_config)
-    theirs = tiny_model("mistral")
-    load_adapters(theirs, str(tmp_path / "adapters"))
-    theirs.eval()
-    assert mx.allclose(theirs(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-5)
+    check_in_mlx_lm(model, attached, tmp_path)
 
 
 def test_the_embedded_model_is_a_frozen_4_bit_mistral(embedded: Loaded) -> None:

@@ -237,17 +237,12 @@ def dense_weight(linear: Any) -> mx.array:
 def base_parameters(model: nn.Module) -> int:
     """How many parameters the model has without adapters, quantised ones counted by what they stand for."""
     total = 0
-    for path, module in model.named_modules():
-        own = {name: array for name, array in module.items() if isinstance(array, mx.array)}
+    for _, module in model.named_modules():
+        sizes = {name: array.size for name, array in module.items() if isinstance(array, mx.array)}
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-            weight = own["weight"]
-            total += weight.size * 32 // int(module.bits)
-            total += own["bias"].size if "bias" in own else 0
-        elif isinstance(module, LoRALinear):
-            continue
-        else:
-            total += sum(array.size for array in own.values())
-        del path
+            total += sizes["weight"] * 32 // int(module.bits) + sizes.get("bias", 0)
+        elif not isinstance(module, LoRALinear):
+            total += sum(sizes.values())
     return total
 
 
