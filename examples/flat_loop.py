@@ -107,6 +107,29 @@ def pad(rows, dtype):
     return mx.array(whole)
 
 
+def mixed(number):
+    """splitmix64: a bijection of 64-bit numbers that leaves nothing of their order."""
+    number = (number + 0x9E3779B97F4A7C15) % 2**64
+    number = ((number ^ number >> 30) * 0xBF58476D1CE4E5B9) % 2**64
+    number = ((number ^ number >> 27) * 0x94D049BB133111EB) % 2**64
+    return number ^ number >> 31
+
+
+def shuffled(place, count, *key):
+    """What stands at a place of the permutation that the key chooses: a Feistel network that walks on while outside."""
+    half = max(4, (max(count - 1, 1).bit_length() + 1) // 2)
+    state = 0
+    for part in key:
+        state = mixed(state ^ part)
+    while True:
+        left, right = place >> half, place % 2**half
+        for number in range(1, 7):
+            left, right = right, left ^ mixed(right ^ mixed((state + number) % 2**64)) % 2**half
+        place = left << half | right
+        if place < count:
+            return place
+
+
 # The loop. Schedule: a cosine from the learning rate to 0 over the run.
 per_update = args.batch_size * args.gradient_accumulation
 total = min(args.steps, args.epochs * math.ceil(len(examples) / per_update))
@@ -114,7 +137,7 @@ optimizer = optim.AdamW(lambda step: args.learning_rate * 0.5 * (1 + mx.cos(math
 gradient_of = nn.value_and_grad(model, loss_sum)
 step = 0
 for epoch in range(args.epochs):
-    order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
+    order = [shuffled(place, len(examples), args.seed, epoch) for place in range(len(examples))]
     for start in range(0, len(examples), per_update):  # the last update of an epoch takes what remains
         if step == total:
             break

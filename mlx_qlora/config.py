@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,13 +23,16 @@ import tyro
 import yaml
 
 from mlx_qlora.assets import demo_config
-from mlx_qlora.data.sources import DataConfig
+from mlx_qlora.data.layout import BatchConfig
+from mlx_qlora.data.render import RenderConfig
+from mlx_qlora.data.sources import SourceConfig
 from mlx_qlora.engine.optim import OptimConfig
 from mlx_qlora.engine.stopping import EarlyStoppingConfig
 from mlx_qlora.errors import ConfigError, all_problems, require
 from mlx_qlora.model.lora import LoraConfig
 
 Part = TypeVar("Part")
+_BY_VALUE = (tyro.conf.EnumChoicesFromValues,)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class WholeRun:
 
 
 @dataclass(frozen=True)
-class RunConfig(OptimConfig, DataConfig, WholeRun):
+class RunConfig(OptimConfig, BatchConfig, RenderConfig, SourceConfig, WholeRun):
     """All the settings of a run. The parts' own stand flat in it; adapters and early stopping are groups."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -78,7 +82,7 @@ class RunConfig(OptimConfig, DataConfig, WholeRun):
 
     def __post_init__(self) -> None:
         with all_problems() as check:
-            for kind in (WholeRun, DataConfig, OptimConfig):
+            for kind in (WholeRun, SourceConfig, RenderConfig, BatchConfig, OptimConfig):
                 check(partial(self.part, kind))
 
     def part(self, kind: type[Part]) -> Part:
@@ -101,9 +105,16 @@ class RunConfig(OptimConfig, DataConfig, WholeRun):
 
     def to_yaml(self) -> str:
         """Every value, as `--config` reads it."""
-        values = asdict(self)
-        values["lora"]["targets"] = list(values["lora"]["targets"])
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(_plain(asdict(self)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    """A value in the kinds that YAML knows."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,8 @@ def parse(arguments: Sequence[str], prog: str = "mlx-qlora train") -> RunConfig:
         config = from_yaml(demo_config(), config)
     if files.config is not None:
         config = from_yaml(Path(files.config).expanduser(), config)
-    line = tyro.cli(_CommandLine, prog=prog, args=arguments, default=_CommandLine(**_own_values(config)))
+    default = _CommandLine(**_own_values(config))
+    line = tyro.cli(_CommandLine, prog=prog, args=arguments, default=default, config=_BY_VALUE)
     return RunConfig(**_own_values(line))
 
 
@@ -213,7 +225,7 @@ def _value(hint: Any, node: yaml.Node) -> Any:
         raise ValueError(f"nothing came, {_expected(hint)} is expected.")
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            return tyro.cli(hint, args=_texts(node), console_outputs=False)
+            return tyro.cli(hint, args=_texts(node), console_outputs=False, config=_BY_VALUE)
     except SystemExit:
         raise ValueError(f"{yaml.serialize(node).strip().splitlines()[0]} came, {_expected(hint)} is expected.") from None
 
@@ -229,6 +241,8 @@ def _texts(node: yaml.Node) -> list[str]:
 def _expected(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(typing.get_args(hint))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return " or ".join(each.value for each in hint)
     if isinstance(hint, types.UnionType):
         return " or ".join(_expected(option) for option in typing.get_args(hint))
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}

@@ -37,6 +37,18 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Bookmark:
+    """Where the data of a run goes on. For a stream, `rows` were read for good and `place` counts from there."""
+
+    epoch: int = 0
+    place: int = 0
+    rows: int = 0
+
+
+START = Bookmark()
+
+
+@dataclass(frozen=True)
 class Update:
     """The batches whose gradients make one update."""
 
@@ -45,6 +57,7 @@ class Update:
     ids: tuple[str, ...]
     tokens: int
     supervised_tokens: int
+    next: Bookmark  # where the update after it begins
 
 
 class LossSum(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,14 +16,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qlora.config import RunConfig, parse
-from mlx_qlora.data.layout import lay_out, updates
-from mlx_qlora.data.order import updates_per_epoch
-from mlx_qlora.data.render import examples, question
-from mlx_qlora.data.sources import DataConfig, Row, read_splits
+from mlx_qlora.data.audit import audit
+from mlx_qlora.data.corpus import Corpus, gather
+from mlx_qlora.data.layout import BatchConfig, lay_out
+from mlx_qlora.data.render import RenderConfig
+from mlx_qlora.data.sources import SourceConfig, find
 from mlx_qlora.engine.optim import OptimConfig, make_optimizer
 from mlx_qlora.engine.steps import Engine, steps
 from mlx_qlora.engine.stopping import EarlyStoppingMonitor
-from mlx_qlora.errors import MlxQloraError, NonFiniteError
+from mlx_qlora.errors import ConfigError, MlxQloraError, NonFiniteError
 from mlx_qlora.look.console import Console
 from mlx_qlora.look.evaluate import ask_both, mean_loss, score
 from mlx_qlora.look.gap import analyse
@@ -54,6 +54,7 @@ class RunResult:
 # How a run can end, as training_summary.json says it.
 _FINISHED, _STOPPED, _INTERRUPTED = "finished", "stopped early", "interrupted"
 _NOT_FINITE, _FAILED = "not finite", "failed"
+_LOOK_AT = 2000  # examples that are compared with each other before training; `mlx-qlora data` takes more
 
 
 def run(config: RunConfig, quiet: bool = False) -> RunResult:
@@ -123,7 +124,7 @@ class _Ready:
     eval_every: int
     valid: tuple[Batch, ...]
     train_sample: tuple[Batch, ...]
-    valid_rows: tuple[Row, ...]
+    corpus: Corpus
 
 
 def _prepare(config: RunConfig, console: Console) -> _Ready:
@@ -131,24 +132,27 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
     config.require_complete()
     folder = Path(config.output_dir).expanduser()
     run_folder.check_free(folder, overwrite=config.overwrite)
-    data_config, optim_config = config.part(DataConfig), config.part(OptimConfig)
+    source, render, batch = config.part(SourceConfig), config.part(RenderConfig), config.part(BatchConfig)
+    optim_config = config.part(OptimConfig)
+    find(source)  # before the model is loaded: a wrong path is said at once
 
-    splits = read_splits(data_config, config.seed)
     loaded = load(config.model)
     console.fact("model", loaded.describe, backend.describe())
-    train_set, train_account = examples(splits.train, loaded.tokenizer, config.max_seq_length)
-    valid_set, valid_account = examples(splits.valid, loaded.tokenizer, config.max_seq_length)
     attached = lora.attach(loaded.model, config.lora, seed=config.seed)
     console.adapters(attached)
-    console.data(train_account, valid_account, splits.valid_from, config.max_seq_length)
+    corpus = gather(source, render, loaded.tokenizer, config.seed, console.preparing)
+    found = audit(corpus, look_at=_LOOK_AT)
+    console.account(found)
 
-    per_epoch = updates_per_epoch(len(train_set), data_config.examples_per_update)
-    total = min(config.epochs * per_epoch, config.max_steps or sys.maxsize)
-    eval_every = config.eval_every or max(1, per_epoch // 4)
-    console.plan(optim_config, data_config.examples_per_update, per_epoch, total, eval_every)
+    total, per_epoch = _length(config, corpus, batch)
+    eval_every = config.eval_every or max(1, (per_epoch or total) // 4)
+    console.plan(optim_config, batch.examples_per_update, per_epoch, total, eval_every)
     console.fact("folder", str(folder))
     run_folder.claim(folder, overwrite=config.overwrite)
     run_folder.write_atomically(folder / "config.yaml", config.to_yaml())
+    run_folder.write_json(folder / "data_account.json", found.to_json())
+    if corpus.renderer.brought_template:
+        run_folder.write_atomically(folder / "chat_template.jinja", loaded.tokenizer.chat_template)
 
     engine = Engine(
         model=loaded.model,
@@ -159,20 +163,29 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
         seed=config.seed,
         compiled=not backend.on_cpu(),
     )
-    sample = random.Random(config.seed).sample(train_set, min(len(train_set), len(valid_set)))
     return _Ready(
         config=config,
         loaded=loaded,
         attached=attached,
         folder=folder,
         engine=engine,
-        updates=updates(train_set, data_config, config.epochs, config.seed),
+        updates=corpus.updates(batch, config.epochs),
         total=total,
         eval_every=eval_every,
-        valid=lay_out(valid_set, config.batch_size),
-        train_sample=lay_out(sample, config.batch_size),
-        valid_rows=splits.valid,
+        valid=lay_out(corpus.valid_examples(), config.batch_size),
+        train_sample=lay_out(corpus.train_sample(), config.batch_size),
+        corpus=corpus,
     )
+
+
+def _length(config: RunConfig, corpus: Corpus, batch: BatchConfig) -> tuple[int, int | None]:
+    """(updates of the run, updates of its first epoch); a stream's epochs have no known length."""
+    if corpus.train is None:
+        if config.max_steps is None:
+            raise ConfigError("max_steps: with streaming the data has no known length; say how many updates to train.")
+        return config.max_steps, None
+    whole = corpus.updates_in(batch, config.epochs)
+    return min(whole, config.max_steps or sys.maxsize), corpus.updates_in(batch, 1)
 
 
 @dataclass
@@ -246,7 +259,7 @@ def _conclude(ready: _Ready, history: _History, summary: dict[str, Any], console
 def _ask(ready: _Ready, console: Console) -> dict[str, Any]:
     """Ask base and tuned model validation questions; the answers go into answers.jsonl, the scores are given back."""
     tokenizer, config = ready.loaded.tokenizer, ready.config
-    asked = [one for row in ready.valid_rows if (one := question(row, tokenizer))][: config.score_questions]
+    asked = ready.corpus.questions(config.score_questions)
     if not asked:
         console.say("answers   none of the validation rows is a question with an answer")
         return {"questions": 0}

@@ -4,8 +4,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_qlora.data.layout import lay_out, updates
-from mlx_qlora.data.sources import DataConfig
+from mlx_qlora.data.layout import BatchConfig, lay_out, updates
+from mlx_qlora.data.order import Order
+from mlx_qlora.data.prepare import InMemory
 from mlx_qlora.engine.accumulate import GradientAccumulator
 from mlx_qlora.model import lora
 from mlx_qlora.model.lora import LoraConfig
@@ -37,7 +38,9 @@ def test_a_remainder_has_its_own_weight(embedded) -> None:  # type: ignore[no-un
     lora.attach(model, LoraConfig(rank=2, scale=2.0))
     randomize_adapters(model)
     examples = make_examples(11)
-    *_, last = updates(examples, DataConfig(batch_size=2, gradient_accumulation=4), epochs=1, seed=3)
+    *_, last = updates(
+        InMemory(examples), Order((len(examples),), seed=3), BatchConfig(batch_size=2, gradient_accumulation=4), epochs=1
+    )
     assert len(last.ids) == 3
     accumulator = GradientAccumulator()
     for batch in last.batches:

@@ -27,7 +27,7 @@ ROWS: dict[str, tuple[str | bytes, list[str]]] = {
     "a list": ("[1, 2]", ["train.jsonl:2", "a list came", "an object"]),
     "null": ("null", ["train.jsonl:2", "null came"]),
     "not utf-8": (b'{"text": "\xff\xfe"}', ["train.jsonl:2", "not UTF-8", "save the file as UTF-8"]),
-    "unknown keys": ('{"question": "a", "answer": "b"}', ["train.jsonl:2", "'question', 'answer' came", '"messages"']),
+    "unknown keys": ('{"frage": "a", "antwort": "b"}', ["train.jsonl:2", "'frage', 'antwort' came", '"messages"', "--fields"]),
     "no keys": ("{}", ["train.jsonl:2", "no keys came"]),
     "messages no list": ('{"messages": "hello"}', ["train.jsonl:2", "messages: 'hello' came", "a list"]),
     "no messages": ('{"messages": []}', ["train.jsonl:2", "messages: [] came", "at least one"]),
@@ -73,7 +73,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def arguments(**changes: str) -> list[str]:
     given = {"model": "embedded", "data": "data", "output-dir": "run"} | changes
-    return [word for name, value in given.items() for word in (f"--{name}", value)]
+    return [word for name, value in given.items() for word in (f"--{name}", value) if word]
 
 
 @pytest.mark.parametrize("name", list(ROWS))
@@ -92,7 +92,13 @@ FILES: dict[str, tuple[Callable[[Path], object], dict[str, str], list[str]]] = {
     "empty train.jsonl": (lambda p: (p / "data/train.jsonl").write_text("\n"), {}, ["data/train.jsonl", "has no rows"]),
     "empty valid.jsonl": (lambda p: (p / "data/valid.jsonl").write_text(""), {}, ["data/valid.jsonl", "has no rows"]),
     "one row to split": (lambda p: (p / "data/valid.jsonl").unlink(), {}, ["train.jsonl:1", "the only row", "valid.jsonl"]),
-    "all too long": (lambda p: None, {"max-seq-length": "4"}, ["max_seq_length 4", "Raise max_seq_length"]),
+    "too long": (lambda p: None, {"max-seq-length": "4"}, ["1 of 1 rows is longer than max_seq_length 4", "--truncation drop"]),
+    "all too long": (
+        lambda p: None, {"max-seq-length": "4", "truncation": "drop"}, ["none of the 1 rows", "Raise max_seq_length"],
+    ),
+    "no template": (lambda p: None, {"chat-template": "mine"}, ["chat_template: 'mine' came, plain, alpaca, chatml or a"]),
+    "a stream without an end": (lambda p: None, {"streaming": ""}, ["max_steps: with streaming"]),
+    "cache in a file": (lambda p: (p / "m").write_text(""), {"data-cache": "m/x"}, ["m/x: prepared data can't be kept"]),
     "no model": (lambda p: None, {"model": "./nowhere"}, ["./nowhere: there is no such folder"]),
     "model a file": (lambda p: (p / "m").write_text(""), {"model": "m"}, ["m", "there is no such folder|this is a file"]),
     "model without files": (lambda p: (p / "m").mkdir(), {"model": "./m"}, ["m: no config.json, no tokenizer_config.json"]),
@@ -103,15 +109,23 @@ FILES: dict[str, tuple[Callable[[Path], object], dict[str, str], list[str]]] = {
 }  # fmt: skip
 
 
+def written(place: Path) -> list[Path]:
+    """What lies in a folder, but for whole prepared data."""
+    found = sorted(place.rglob("*"))
+    assert not [path for path in found if path.name.startswith(".writing-")]
+    kept = {path.parent for path in found if path.name == "manifest"}
+    return [path for path in found if not kept & {path, path.parent} and not any(path == one.parent for one in kept)]
+
+
 @pytest.mark.parametrize("name", list(FILES))
 def test_a_wrong_file_or_folder(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     break_it, changes, pieces = FILES[name]
     break_it(place)
-    before = sorted(place.rglob("*"))
+    before = written(place)
     err = failing(arguments(**changes), capsys)
     for piece in pieces:
         assert any(option in err for option in piece.split("|")), err
-    assert sorted(place.rglob("*")) == before, "nothing was written"
+    assert written(place) == before, "nothing was written"
 
 
 def test_a_broken_config_json(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,7 +205,8 @@ def test_in_a_real_process(place: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (
-        "mlx-qlora train: nowhere: there is no such file or folder. Name a folder with train.jsonl, or one .jsonl file.\n"
+        "mlx-qlora train: nowhere: there is no such file or folder. Name a folder with train.jsonl, "
+        "a file (.jsonl, .json, .csv, .parquet; .gz too), or hub:owner/name.\n"
     )
 
 

@@ -8,8 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_qlora.data.layout import lay_out, updates
-from mlx_qlora.data.sources import DataConfig
+from mlx_qlora.data.layout import BatchConfig, lay_out, updates
+from mlx_qlora.data.order import Order
+from mlx_qlora.data.prepare import InMemory
 from mlx_qlora.engine.optim import OptimConfig, make_optimizer
 from mlx_qlora.engine.steps import Engine, dropout_key, micro_step, steps
 from mlx_qlora.model import backend, frozen, lora
@@ -52,7 +53,9 @@ def test_a_whole_run_is_the_same() -> None:
     made = make_examples(10)
     losses = {}
     for compiled in (False, True):
-        planned = updates(made, DataConfig(batch_size=2, gradient_accumulation=2), epochs=2, seed=0)
+        planned = updates(
+            InMemory(made), Order((len(made),), seed=0), BatchConfig(batch_size=2, gradient_accumulation=2), epochs=2
+        )
         losses[compiled] = [report.loss for report in steps(engine(compiled), planned)]
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     assert np.ptp(losses[True]) > 0.1

@@ -21,7 +21,7 @@ FLOORS = [
     {"commands", "__main__"},
 ]
 # Packages that are large or optional: imported where they are used, inside a function.
-LATE = {"mlx_lm", "transformers", "huggingface_hub", "tqdm"}
+LATE = {"mlx_lm", "transformers", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "tqdm"}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

@@ -62,12 +62,15 @@ def test_a_run_leaves_what_the_readme_says(config: RunConfig, capsys: pytest.Cap
     result = train(replace(config, score_questions=2, max_answer_tokens=8))
     folder = Path(config.output_dir)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "adapters", "answers.jsonl", "config.yaml", "training_metrics.csv", "training_metrics.json",
+        "adapters", "answers.jsonl", "config.yaml", "data_account.json", "training_metrics.csv", "training_metrics.json",
         "training_metrics.jsonl", "training_summary.json",
     ]  # fmt: skip
     assert sorted(path.name for path in (folder / "adapters").iterdir()) == ["adapter_config.json", "adapters.safetensors"]
 
+    account = json.loads((folder / "data_account.json").read_text())
     lines = read_metrics(folder)
+    assert account["supervised_tokens"] == sum(line["supervised_tokens"] for line in lines[:3]), "an epoch"
+    assert account["validation"] == "valid.jsonl"
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert ["val_loss" in line for line in lines] == [False, True] * 3
     assert lines == json.loads((folder / "training_metrics.json").read_text())
@@ -92,7 +95,7 @@ def test_a_run_leaves_what_the_readme_says(config: RunConfig, capsys: pytest.Cap
     assert set(answers[0]) == {"id", "question", "expected", "base", "tuned"}
 
     printed = capsys.readouterr().out
-    for piece in ("embedded (mistral, 4-bit)", "22 training examples", "6 updates of 8 examples", "best so far", "token F1"):
+    for piece in ("embedded (mistral, 4-bit)", "training          22", "6 updates of 8 examples", "best so far", "token F1"):
         assert piece in printed
 
 
@@ -273,3 +276,17 @@ def test_every_file_in_examples_is_a_configuration() -> None:
     for path in found:
         assert yaml.safe_load(path.read_text()).keys() <= vars(RunConfig()).keys()
         from_yaml(path, RunConfig()).require_complete()
+
+
+def test_a_stream_and_a_template_of_its_own_train(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows are read as they come; the template travels with the run, for whoever uses the adapters."""
+    settings = {"streaming": True, "shuffle_buffer": 8, "max_steps": 2, "chat_template": "chatml", "score_questions": 1}
+    result = train(replace(config, **settings, max_answer_tokens=2))  # type: ignore[arg-type]
+    out = capsys.readouterr().out
+    assert "2 updates of 8 examples, from a stream" in out
+    assert "chat template: chatml" in out
+    assert result.summary["steps"] == 2
+    template = (Path(config.output_dir) / "chat_template.jinja").read_text()
+    assert "<|im_start|>" in template
+    account = json.loads((Path(config.output_dir) / "data_account.json").read_text())
+    assert "train" not in account["examples"], "a stream is not counted beforehand"

@@ -11,6 +11,7 @@ from mlx_qlora.model.backend import missing_mlx
 # verb: (module with a main(arguments), what it does)
 VERBS = {
     "train": ("mlx_qlora.train", "fine-tune a model; --demo shows a whole run on the embedded model and data"),
+    "data": ("mlx_qlora.commands.data", "show what a data set would train, what is lost, what comes twice"),
 }
 
 

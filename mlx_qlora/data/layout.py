@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_qlora.data.order import update_groups
-from mlx_qlora.data.sources import DataConfig
-from mlx_qlora.records import Batch, Example, Update
+from mlx_qlora.data.order import Order, groups
+from mlx_qlora.data.prepare import ExampleSet
+from mlx_qlora.errors import require
+from mlx_qlora.records import START, Batch, Bookmark, Example, Update
 
 # Lengths and numbers of places are rounded up to these, so that few different shapes occur.
 _LENGTH_STEP = 8
 _PLACES_STEP = 16
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How many examples make an update."""
+
+    batch_size: int = 4
+    """Examples that go through the model at once."""
+    gradient_accumulation: int = 1
+    """Batches that make one update."""
+    min_supervised_per_update: int = 0
+    """An update with fewer trained tokens takes further examples in until it has them."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.batch_size >= 1, "batch_size", self.batch_size, "a whole number from 1"),
+            (self.gradient_accumulation >= 1, "gradient_accumulation", self.gradient_accumulation, "a whole number from 1"),
+            (
+                self.min_supervised_per_update >= 0,
+                "min_supervised_per_update",
+                self.min_supervised_per_update,
+                "a whole number from 0",
+            ),
+        )
+
+    @property
+    def examples_per_update(self) -> int:
+        return self.batch_size * self.gradient_accumulation
 
 
 def lay_out(examples: Sequence[Example], rows: int) -> tuple[Batch, ...]:
@@ -44,17 +74,35 @@ def to_batch(examples: Sequence[Example]) -> Batch:
     )
 
 
-def updates(examples: Sequence[Example], config: DataConfig, epochs: int, seed: int) -> Iterator[Update]:
-    """The updates of a run, in order."""
-    for epoch, group in update_groups(len(examples), config.examples_per_update, epochs, seed):
-        chosen = [examples[index] for index in group]
-        yield Update(
-            batches=lay_out(chosen, config.batch_size),
-            epoch=epoch,
-            ids=tuple(example.id for example in chosen),
-            tokens=sum(len(example.tokens) for example in chosen),
-            supervised_tokens=sum(int(np.count_nonzero(example.weights)) for example in chosen),
-        )
+def updates(examples: ExampleSet, order: Order, config: BatchConfig, epochs: int, start: Bookmark = START) -> Iterator[Update]:
+    """The updates of a run in order, from a bookmark on."""
+    least = config.min_supervised_per_update
+    for numbers, following in groups(order, config.examples_per_update, epochs, examples.supervised, least, start):
+        chosen = [examples[number] for number in numbers.tolist()]
+        yield _update(chosen, config, following.epoch + following.place / order.length, following)
+
+
+def streamed_updates(examples: Iterator[tuple[Example, Bookmark]], config: BatchConfig) -> Iterator[Update]:
+    """The updates of a stream, for ever; the epoch is how often all of it was read."""
+    while True:
+        chosen: list[Example] = []
+        supervised = 0
+        while len(chosen) < config.examples_per_update or supervised < config.min_supervised_per_update:
+            example, following = next(examples)
+            chosen.append(example)
+            supervised += int(np.count_nonzero(example.weights))
+        yield _update(chosen, config, float(following.epoch), following)
+
+
+def _update(chosen: Sequence[Example], config: BatchConfig, epoch: float, following: Bookmark) -> Update:
+    return Update(
+        batches=lay_out(chosen, config.batch_size),
+        epoch=epoch,
+        ids=tuple(example.id for example in chosen),
+        tokens=sum(len(example.tokens) for example in chosen),
+        supervised_tokens=sum(int(np.count_nonzero(example.weights)) for example in chosen),
+        next=following,
+    )
 
 
 def _round_up(number: int, step: int) -> int:

@@ -1,92 +1,368 @@
-"""A row becomes an `Example`: tokens, and the weight of each as a target."""
+"""Rows become `Example`s: tokens, and the weight of each as a target; with an account of what became of every row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import heapq
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Literal
 
 import numpy as np
 
-from mlx_qlora.data.sources import Row
-from mlx_qlora.errors import DataError, listed
+from mlx_qlora.data.chat import ChatRenderer, Piece, Span, Tokenizer, TrainOn, choose_template, has_template
+from mlx_qlora.data.formats import Marks, Meaning, Pair, Plain, RowError, Talk, Turn, understand
+from mlx_qlora.data.sources import BadRow, Row, SourceConfig
+from mlx_qlora.data.tokens import Encoded, Encoder
+from mlx_qlora.errors import DataError, require
 from mlx_qlora.records import Example
 
-Tokenizer = Any  # mlx-lm's TokenizerWrapper, or one of transformers
-Message = dict[str, str]
-
-_ROLES = ("system", "user", "assistant")
-_FORMATS = '{"messages": [...]}, {"prompt": "...", "completion": "..."} or {"text": "..."}'
-
-
-class RowError(ValueError):
-    """Why a row can't be rendered; the place is added by `examples`."""
+_BLOCK = 256  # rows that are encoded at once
+_SHOWN = 20  # problems that are listed
+WIDTHS = tuple(round(16 * 2 ** (step / 4)) for step in range(85))  # upper ends of the histogram's bins, in tokens
+Truncation = Literal["error", "drop", "keep_end", "keep_start", "split"]
 
 
 @dataclass(frozen=True)
-class Account:
-    """What became of the rows."""
+class RenderConfig:
+    """How rows become tokens, and which of these are trained."""
 
-    rows: int
-    formats: tuple[str, ...]
-    tokens: int
-    supervised_tokens: int
-    longest: int
-    cut_rows: int  # longer than max_seq_length
-    cut_supervised_tokens: int
-    without_target: int  # rows left out: nothing in them would be trained
+    chat_template: str = ""
+    """plain, alpaca, chatml, or a Jinja file; without it the model's own, or plain for a base model that has none."""
+    train_on: TrainOn = TrainOn.ASSISTANT
+    """Every turn of the assistant, its last one, everything, or what the rows mark with "train"."""
+    max_seq_length: int = 2048
+    """Longest example in tokens."""
+    truncation: Truncation = "error"
+    """What longer ones do: end the run, be left out, lose their start, lose their end, or be split at turn borders."""
+    min_supervised_tokens: int = 1
+    """Examples with fewer trained tokens are left out and counted."""
 
-
-def examples(rows: Sequence[Row], tokenizer: Tokenizer, max_seq_length: int) -> tuple[tuple[Example, ...], Account]:
-    """The examples and the account of what they cost; all rows that can't be rendered in one error."""
-    made: list[Example] = []
-    problems: list[str] = []
-    formats: dict[str, None] = {}
-    cut_rows = cut_supervised = without_target = 0
-    for row in rows:
-        try:
-            name, example = render(row, tokenizer)
-        except RowError as error:
-            problems.append(f"{row.id}: {error}")
-            continue
-        formats[name] = None
-        if len(example.tokens) > max_seq_length:
-            cut_rows += 1
-            cut_supervised += int(np.count_nonzero(example.weights[max_seq_length:]))
-            example = Example(example.id, example.tokens[:max_seq_length], example.weights[:max_seq_length])
-        if example.weights.any():
-            made.append(example)
-        else:
-            without_target += 1
-    if problems:
-        raise DataError(listed(problems))
-    if not made:
-        raise DataError(
-            f"{rows[0].id.split(':')[0]}: none of the {len(rows)} rows has anything to train within max_seq_length "
-            f"{max_seq_length} ({cut_rows} are longer). Raise max_seq_length, or look whether the answers are there."
+    def __post_init__(self) -> None:
+        require(
+            (self.max_seq_length >= 2, "max_seq_length", self.max_seq_length, "a whole number from 2"),
+            (self.min_supervised_tokens >= 1, "min_supervised_tokens", self.min_supervised_tokens, "a whole number from 1"),
         )
-    account = Account(
-        rows=len(rows),
-        formats=tuple(formats),
-        tokens=sum(len(example.tokens) for example in made),
-        supervised_tokens=sum(int(np.count_nonzero(example.weights)) for example in made),
-        longest=max(len(example.tokens) for example in made),
-        cut_rows=cut_rows,
-        cut_supervised_tokens=cut_supervised,
-        without_target=without_target,
-    )
-    return tuple(made), account
 
 
-def render(row: Row, tokenizer: Tokenizer) -> tuple[str, Example]:
-    """(name of the format, example) of one row."""
-    for name, maker in _MAKERS.items():
-        if name in row.value:
-            tokens, weights = maker(row.value, tokenizer)
-            weights[0] = 0.0  # nothing comes before the first token
-            return name, Example(row.id, np.array(tokens, np.int32), np.array(weights, np.float32))
-    found = ", ".join(map(repr, row.value)) or "no keys"
-    raise RowError(f"{found} came, {_FORMATS} is expected.")
+@dataclass
+class Account:
+    """What became of the rows. Sums, so that the account of several sources is their sum."""
+
+    rows: int = 0
+    examples: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    supervised_tokens: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)  # examples by the upper end of their bin
+    longest: list[tuple[int, str]] = field(default_factory=list)  # (tokens, id) before truncation
+    long_rows: int = 0  # longer than max_seq_length
+    long_rows_lost: int = 0  # of them, those of which nothing trained is left
+    long_supervised_lost: int = 0
+    without_target: int = 0  # rows with nothing to train: left out
+    below_minimum: int = 0  # examples with fewer trained tokens than wanted: left out
+    malformed: int = 0  # rows that can't be used
+    refused: list[str] = field(default_factory=list)  # the first of them, with the reason
+    notes: Counter[str] = field(default_factory=Counter)  # rows by what was special about them
+    policies: dict[str, list[int]] = field(default_factory=dict)  # policy: [rows, supervised tokens] it would have cost
+
+    def count(self, example: Example) -> None:
+        length = len(example.tokens)
+        self.examples += 1
+        self.tokens += length
+        self.supervised_tokens += int(np.count_nonzero(example.weights))
+        self.lengths[WIDTHS[bisect_left(WIDTHS, length)]] += 1
+
+    def seen(self, length: int, id: str) -> None:
+        if len(self.longest) < 5 or length > self.longest[0][0]:
+            (heapq.heappush if len(self.longest) < 5 else heapq.heapreplace)(self.longest, (length, id))
+
+    def __add__(self, other: Account) -> Account:
+        mine, theirs = vars(self), vars(other)
+        both = {name: mine[name] + theirs[name] for name in mine if name not in ("longest", "policies")}
+        policies = {
+            name: [a + b for a, b in zip(mine["policies"].get(name, [0, 0]), theirs["policies"].get(name, [0, 0]), strict=True)]
+            for name in {**mine["policies"], **theirs["policies"]}
+        }
+        return Account(**both, longest=heapq.nlargest(5, [*self.longest, *other.longest])[::-1], policies=policies)
+
+    def to_json(self) -> dict[str, Any]:
+        value = dict(vars(self))
+        value["longest"] = [{"id": id, "tokens": tokens} for tokens, id in sorted(self.longest, reverse=True)]
+        value["lengths"] = {str(width): number for width, number in sorted(self.lengths.items())}
+        return value
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Account:
+        own = dict(value)
+        own["longest"] = sorted((one["tokens"], one["id"]) for one in value["longest"])
+        own["lengths"] = Counter({int(width): number for width, number in value["lengths"].items()})
+        own["formats"], own["notes"] = Counter(value["formats"]), Counter(value["notes"])
+        return cls(**own)
+
+
+class Refusals:
+    """Rows that can't be used: counted, and the first of them kept with their reasons."""
+
+    def __init__(self, stop: bool = False):
+        self._stop = stop  # raise as soon as the list is full
+        self.listed: list[str] = []
+        self.count = 0
+
+    def add(self, id: str, reason: str) -> None:
+        self.count += 1
+        if len(self.listed) < _SHOWN:
+            self.listed.append(f"{id}: {reason}")
+        if self._stop and self.count == _SHOWN:
+            raise DataError("\n".join([*self.listed, f"These are the first {_SHOWN}; no further row was read. {_SKIP}"]))
+
+
+def refused(account: Account, config: SourceConfig) -> str | None:
+    """What to say if the refused rows end the run."""
+    if config.malformed == "raise" and account.malformed:
+        more = [f"... and {account.malformed - len(account.refused)} more"] if account.malformed > len(account.refused) else []
+        return "\n".join([*account.refused, *more, *([_SKIP] if account.malformed > 1 else [])])
+    if account.malformed > config.malformed_limit:
+        limit = f"{account.malformed:,} rows can't be used, more than malformed_limit {config.malformed_limit:,}."
+        return "\n".join([*account.refused, limit])
+    return None
+
+
+_SKIP = "To leave such rows out and count them: --malformed skip."
+
+
+class Renderer:
+    """Rows -> examples, with one tokenizer and one set of settings."""
+
+    def __init__(self, tokenizer: Tokenizer, config: RenderConfig, source: SourceConfig):
+        self.had_template = has_template(tokenizer)
+        self.template = choose_template(tokenizer, config.chat_template)
+        self.tokenizer = tokenizer
+        self.config = config
+        self._source = source
+        self._chat = ChatRenderer(tokenizer, config.train_on)
+        self._encoder = Encoder(tokenizer, self._chat.specials)
+        # Prompt and completion for a base model follow each other as they stand; for a chat model they are a chat.
+        self._pairs_are_chats = self.had_template or bool(config.chat_template)
+
+    def examples(self, rows: Iterable[Row | BadRow], account: Account, refusals: Refusals) -> Iterator[list[Example]]:
+        """The examples of each row, in order. Reading and rendering go on while the tokenizer encodes the rows before."""
+        rows = iter(rows)
+        with ThreadPoolExecutor(1, "encode") as background:
+            ahead: tuple[list[_Rendered], Future[list[list[Any]]]] | None = None
+            while True:
+                raw = list(islice(rows, _BLOCK))
+                block = [one for row in raw if (one := self._render(row, account, refusals)) is not None]
+                following = (block, background.submit(self._submit, block)) if raw else None
+                if ahead is not None:
+                    rendered, encodings = ahead
+                    for one, own in zip(rendered, encodings.result(), strict=True):
+                        yield self._finish(one, own, account, refusals)
+                ahead = following
+                if ahead is None:
+                    break
+        account.malformed, account.refused = refusals.count, refusals.listed
+
+    def render(self, row: Row) -> list[Example]:
+        """The examples of one row; `RowError` if it can't be used."""
+        name, meaning = understand(row, self._source.format, self._source.fields)
+        pieces = self.pieces(meaning)
+        encoded = self._encode(pieces)
+        return self._fitted(_Rendered(row.id, name, meaning, pieces), encoded, Account())
+
+    def pieces(self, meaning: Meaning) -> list[Piece]:
+        if isinstance(meaning, Talk):
+            return self._chat.pieces(meaning)
+        if isinstance(meaning, Pair):
+            if self._pairs_are_chats:
+                return self._chat.pieces(as_talk(meaning))
+            return [self._pair(meaning)]
+        return [self._plain(meaning)]
+
+    def prompt(self, talk: Talk) -> list[int]:
+        """The tokens that lead the model to answer a conversation."""
+        return self._encoder.encode(self._chat.render(talk, ask=True))
+
+    def pair_prompt(self, text: str) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        tokens = self._encoder.encode(text)
+        return tokens if bos is None or tokens[:1] == [bos] else [bos, *tokens]
+
+    @property
+    def brought_template(self) -> bool:
+        """Whether the chat template is not the model's own, so that who uses the adapters has to know it."""
+        return bool(self.config.chat_template) or not self.had_template
+
+    @property
+    def pairs_are_chats(self) -> bool:
+        return self._pairs_are_chats
+
+    # One row
+
+    def _render(self, row: Row | BadRow, account: Account, refusals: Refusals) -> _Rendered | None:
+        account.rows += 1
+        try:
+            if isinstance(row, BadRow):
+                raise RowError(row.reason)
+            name, meaning = understand(row, self._source.format, self._source.fields)
+            rendered = _Rendered(row.id, name, meaning, self.pieces(meaning))
+        except RowError as error:
+            refusals.add(row.id, str(error))
+            return None
+        account.formats[name] += 1
+        return rendered
+
+    def _submit(self, block: list[_Rendered]) -> list[list[Any]]:
+        flat = iter(self._encoder.submit([piece for one in block for piece in one.pieces]))
+        return [[next(flat) for _ in one.pieces] for one in block]
+
+    def _encode(self, pieces: list[Piece]) -> list[Encoded]:
+        encodings = self._encoder.submit(pieces)
+        return [made for piece, own in zip(pieces, encodings, strict=True) for made in self._encoder.finish(piece, own)]
+
+    def _finish(self, one: _Rendered, encodings: list[Any], account: Account, refusals: Refusals) -> list[Example]:
+        try:
+            encoded = [
+                made for piece, own in zip(one.pieces, encodings, strict=True) for made in self._encoder.finish(piece, own)
+            ]
+            made = self._fitted(one, encoded, account)
+        except RowError as error:
+            account.formats[one.format] -= 1
+            refusals.add(one.id, str(error))
+            return []
+        for note in {note for each in encoded for note in each.notes}:
+            account.notes[note] += 1
+        if len(encoded) > 1:
+            account.notes["own_examples"] += 1
+        for example in made:
+            account.count(example)
+        return made
+
+    def _fitted(self, one: _Rendered, encoded: list[Encoded], account: Account) -> list[Example]:
+        """Within max_seq_length, and without those that train nothing."""
+        limit = self.config.max_seq_length
+        longest = max(len(each.tokens) for each in encoded)
+        account.seen(longest, one.id)
+        had = sum(map(_supervised, encoded))
+        if not had:
+            account.without_target += 1
+            return []
+        if longest > limit:
+            encoded = self._truncated(one, encoded, account)
+            left = sum(map(_supervised, encoded))
+            account.long_rows += 1
+            account.long_supervised_lost += had - left
+            account.long_rows_lost += not left
+        enough = [each for each in encoded if _supervised(each) >= self.config.min_supervised_tokens]
+        account.below_minimum += sum(1 for each in encoded if 0 < _supervised(each) < self.config.min_supervised_tokens)
+        ids = [one.id] if len(enough) == 1 else [f"{one.id}#{number}" for number in range(1, len(enough) + 1)]
+        return [Example(id, each.tokens, each.weights) for id, each in zip(ids, enough, strict=True)]
+
+    # Too long
+
+    def _truncated(self, one: _Rendered, encoded: list[Encoded], account: Account) -> list[Encoded]:
+        limit, policy = self.config.max_seq_length, self.config.truncation
+        if policy == "error":
+            had = sum(map(_supervised, encoded))
+            for name in ("drop", "keep_end", "keep_start"):
+                left = sum(_supervised(self._cut(each, name)) for each in encoded)
+                cost = account.policies.setdefault(name, [0, 0])
+                cost[0] += not left
+                cost[1] += had - left
+            return [self._cut(each, "drop") for each in encoded]
+        if policy == "split":
+            return [each for each in self._split(one.meaning, limit) if len(each.tokens) <= limit]
+        return [self._cut(each, policy) for each in encoded]
+
+    def _cut(self, each: Encoded, policy: str) -> Encoded:
+        limit = self.config.max_seq_length
+        if len(each.tokens) <= limit:
+            return each
+        if policy == "drop":
+            return replace(each, tokens=each.tokens[:0], weights=each.weights[:0])
+        if policy == "keep_start":
+            return replace(each, tokens=each.tokens[:limit], weights=each.weights[:limit])
+        begun = int(each.tokens[0] == self.tokenizer.bos_token_id)  # the beginning-of-text token stays
+        keep = np.r_[0:begun, len(each.tokens) - limit + begun : len(each.tokens)]
+        weights = each.weights[keep]
+        weights[0] = 0.0
+        return replace(each, tokens=each.tokens[keep], weights=weights)
+
+    def _split(self, meaning: Meaning, limit: int) -> Iterator[Encoded]:
+        """Parts that fit: a conversation at the user's turns, text anywhere. What fits no part comes too long."""
+        if isinstance(meaning, Plain):
+            (whole,) = self._encode(self.pieces(meaning))
+            begun = int(whole.tokens[0] == self.tokenizer.bos_token_id)
+            for start in range(begun, len(whole.tokens), limit - begun):
+                keep = np.r_[0:begun, start : min(start + limit - begun, len(whole.tokens))]
+                weights = whole.weights[keep]
+                weights[0] = 0.0
+                yield replace(whole, tokens=whole.tokens[keep], weights=weights)
+            return
+        talk = as_talk(meaning) if isinstance(meaning, Pair) and self._pairs_are_chats else meaning
+        if not isinstance(talk, Talk):
+            yield from self._encode(self.pieces(meaning))
+            return
+        system = talk.turns[:1] if talk.turns[0].role == "system" else ()
+        rest = talk.turns[len(system) :]
+        asks = [place for place, turn in enumerate(rest) if turn.role == "user" and place] + [len(rest)]
+        start = 0
+        while start < len(rest):
+            fitting: list[Encoded] = []
+            for end in (place for place in asks if place > start):
+                tried = self._answers(replace(talk, turns=(*system, *rest[start:end])))
+                if fitting and any(len(each.tokens) > limit for each in tried):
+                    break
+                fitting, until = tried, end
+            yield from fitting
+            start = until
+
+    def _answers(self, talk: Talk) -> list[Encoded]:
+        if not any(turn.role == "assistant" for turn in talk.turns):
+            return []
+        return self._encode(self._chat.pieces(talk))
+
+    # Rows that are no chats
+
+    def _pair(self, pair: Pair) -> Piece:
+        completion = _without_end(pair.completion, self.tokenizer.eos_token)
+        text, begin = pair.prompt + completion, len(pair.prompt)
+        escaped = self._chat.specials.pattern.search(text) is not None
+        spans, eos = self._marked(pair.marks, completion, begin, pair.weight)
+        if self.config.train_on is TrainOn.ALL:
+            spans, eos = [Span(0, len(text), pair.weight, exact=False)], pair.weight
+        notes = ["escaped"] * escaped + ["ended_already"] * (completion != pair.completion)
+        return Piece(text, spans, bos=True, eos=eos, escaped=escaped, notes=notes)
+
+    def _plain(self, plain: Plain) -> Piece:
+        found = self._chat.specials.pattern.search(plain.text)
+        notes = ["obeyed"] if found else []
+        spans, eos = self._marked(plain.marks, plain.text, 0, plain.weight)
+        spans = [replace(span, exact=False) for span in spans]
+        return Piece(plain.text, spans, bos=True, eos=eos, notes=notes)
+
+    def _marked(self, marks: Marks, text: str, begin: int, weight: float) -> tuple[list[Span], float]:
+        if marks is None:
+            marks = self.config.train_on is not TrainOn.MARKED
+        if isinstance(marks, bool):
+            return ([Span(begin, begin + len(text), weight)], weight) if marks else ([], 0.0)
+        if outside := next((mark for mark in marks if mark[1] > len(text)), None):
+            raise RowError(f"train: [{outside[0]}, {outside[1]}] came, the text has {len(text)} characters.")
+        spans = [Span(begin + start, begin + end, weight * own, exact=False) for start, end, own in marks]
+        return spans, weight if any(end == len(text) for _, end, _ in marks) else 0.0
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A row, and what became of it up to its text."""
+
+    id: str
+    format: str
+    meaning: Meaning
+    pieces: list[Piece]
 
 
 @dataclass(frozen=True)
@@ -99,114 +375,55 @@ class Question:
     expected: str
 
 
-def question(row: Row, tokenizer: Tokenizer) -> Question | None:
+def question(row: Row, renderer: Renderer, source: SourceConfig) -> Question | None:
     """The last question of a row and its answer; nothing where a row ends otherwise."""
-    if not {"messages", "prompt"} & row.value.keys():
-        return None
-    messages = conversation(row.value)
-    *before, last = messages
-    if last["role"] != "assistant" or not before:
-        return None
-    if getattr(tokenizer, "chat_template", None):
-        prompt = chat_tokens(before, tokenizer, ask=True)
-    else:
-        prompt = _with_bos(tokenizer.encode(before[-1]["content"], add_special_tokens=False), tokenizer)
-    return Question(row.id, before[-1]["content"], tuple(prompt), last["content"])
-
-
-def conversation(value: dict[str, Any]) -> list[Message]:
-    """The checked messages of a row with `messages`, or with `prompt` and `completion`."""
-    if "messages" not in value:
-        return [
-            {"role": "user", "content": _text(value, "prompt")},
-            {"role": "assistant", "content": _text(value, "completion")},
-        ]
-    messages = value["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise RowError(f"messages: {messages!r:.60} came, a list of at least one message is expected.")
-    for place, message in enumerate(messages):
-        _check_message(message, f"messages[{place}]")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise RowError("messages: no message of the assistant, so there is nothing to train.")
-    return messages
-
-
-def _check_message(message: Any, place: str) -> None:
-    if not isinstance(message, dict):
-        raise RowError(f'{place}: {message!r:.60} came, an object {{"role": ..., "content": ...}} is expected.')
-    if message.get("role") not in _ROLES:
-        raise RowError(f"{place}.role: {message.get('role')!r} came, one of {', '.join(_ROLES)} is expected.")
-    if not isinstance(message.get("content"), str):
-        raise RowError(f"{place}.content: {message.get('content')!r:.60} came, a text is expected.")
-    if message["role"] == "assistant" and not message["content"].strip():
-        raise RowError(f"{place}.content: an empty answer; take the row out or give its answer.")
-
-
-def _text(value: dict[str, Any], key: str) -> str:
-    text = value.get(key)
-    if not isinstance(text, str):
-        raise RowError(f"{key}: {text!r:.60} came, a text is expected.")
-    if key != "prompt" and not text.strip():
-        raise RowError(f"{key}: an empty text; there is nothing to train.")
-    return text
-
-
-def _from_text(value: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
-    tokens = _with_bos(tokenizer.encode(_text(value, "text"), add_special_tokens=False), tokenizer)
-    tokens.append(tokenizer.eos_token_id)
-    return tokens, [1.0] * len(tokens)
-
-
-def _from_prompt(value: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
-    if getattr(tokenizer, "chat_template", None):
-        return _from_messages(value, tokenizer)
-    prompt = _with_bos(tokenizer.encode(_text(value, "prompt"), add_special_tokens=False), tokenizer)
-    answer = tokenizer.encode(_text(value, "completion"), add_special_tokens=False)
-    answer.append(tokenizer.eos_token_id)
-    return prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer)
-
-
-def _with_bos(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
-    bos = tokenizer.bos_token_id
-    return list(tokens) if bos is None else [bos, *tokens]
-
-
-def _from_messages(value: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
-    """Every turn of the assistant is trained: what the template adds for it after the prompt that leads to it."""
-    messages = conversation(value)
-    if not getattr(tokenizer, "chat_template", None):
-        raise RowError(
-            "messages: this model's tokenizer has no chat template. Take an instruct model, "
-            'or give the rows as {"prompt": ..., "completion": ...} or {"text": ...}.'
-        )
-    whole = chat_tokens(messages, tokenizer)
-    weights = [0.0] * len(whole)
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            begin = _common(chat_tokens(messages[:turn], tokenizer, ask=True), whole, turn)
-            end = _common(chat_tokens(messages[: turn + 1], tokenizer), whole, turn)
-            weights[begin:end] = [1.0] * (end - begin)
-    return whole, weights
-
-
-def _common(prefix: list[int], whole: list[int], turn: int) -> int:
-    """The length of a prefix, once it is certain that it is one."""
-    if whole[: len(prefix)] != prefix:
-        raise RowError(
-            f"messages[{turn}]: the chat template writes the conversation up to this turn in another way once more "
-            "turns follow, so what the model would see here can't be told. Cut the conversation before the next turn."
-        )
-    return len(prefix)
-
-
-def chat_tokens(messages: Sequence[Message], tokenizer: Tokenizer, *, ask: bool = False) -> list[int]:
-    """The tokens of a conversation by the tokenizer's template; `ask` adds what leads the model to answer."""
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
-    except Exception as error:  # a template raises whatever its author chose
-        raise RowError(f"messages: the model's chat template refuses this conversation: {error}") from error
-    return list(tokenizer.encode(text, add_special_tokens=False))
+        _, meaning = understand(row, source.format, source.fields)
+        if isinstance(meaning, Pair) and not renderer.pairs_are_chats:
+            return Question(row.id, meaning.prompt, tuple(renderer.pair_prompt(meaning.prompt)), meaning.completion)
+        talk = as_talk(meaning) if isinstance(meaning, Pair) else meaning
+        if not isinstance(talk, Talk) or len(talk.turns) < 2 or talk.turns[-1].role != "assistant":
+            return None
+        *before, last = talk.turns
+        prompt = renderer.prompt(replace(talk, turns=tuple(before)))
+    except RowError:
+        return None
+    return Question(row.id, before[-1].content, tuple(prompt), last.content) if last.content else None
 
 
-_Maker = Callable[[dict[str, Any], Tokenizer], tuple[list[int], list[float]]]
-_MAKERS: dict[str, _Maker] = {"messages": _from_messages, "prompt": _from_prompt, "text": _from_text}
+def as_talk(pair: Pair) -> Talk:
+    asked = Turn("user", {"role": "user", "content": pair.prompt})
+    answer = Turn("assistant", {"role": "assistant", "content": pair.completion}, marks=pair.marks)
+    return Talk((asked, answer), weight=pair.weight)
+
+
+def too_long(account: Account, config: RenderConfig) -> str:
+    """What to say where long rows end the run: what each policy would cost."""
+    length, id = max(account.longest)
+    costs = account.policies
+    lines = [
+        f"{account.long_rows:,} of {account.rows:,} rows {'is' if account.long_rows == 1 else 'are'} longer than "
+        f"max_seq_length {config.max_seq_length:,}; the longest, {id}, has {length:,} tokens. "
+        "Nothing is cut unless you say how:",
+        f"  --max-seq-length {length:<8} nothing is lost",
+    ]
+    for name, what in (
+        ("drop", "leaves these rows out"), ("keep_end", "cuts their start"), ("keep_start", "cuts their end"),
+    ):  # fmt: skip
+        rows, tokens = costs[name]
+        gone = f", {_rows(rows)} with nothing left" if rows else ""
+        lines.append(f"  --truncation {name:<11} {what}: {tokens:,} trained tokens lost{gone}")
+    lines.append("  --truncation split       makes several examples of a row, cut at turn borders")
+    return "\n".join(lines)
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number:,} rows"
+
+
+def _supervised(each: Encoded) -> int:
+    return int(np.count_nonzero(each.weights))
+
+
+def _without_end(text: str, end: str | None) -> str:
+    return text.rstrip().removesuffix(end) if end and text.rstrip().endswith(end) else text

@@ -1,16 +1,30 @@
-"""Rows with ids, from JSONL files."""
+"""Where rows come from: JSONL, JSON, CSV and Parquet files, folders of them, data sets of the hub.
+
+A row carries its origin, `train.jsonl:17`, from here into every message about it. What is no row is handed on as a
+`BadRow` with the reason, so that who reads decides whether it ends the run.
+"""
 
 from __future__ import annotations
 
+import csv
+import glob
+import gzip
 import json
-from dataclasses import dataclass
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import IO, Any, Literal, Protocol, cast
 
 from mlx_qlora.assets import EMBEDDED, embedded_data
-from mlx_qlora.errors import DataError, listed, require
+from mlx_qlora.errors import DataError, require
+
+_MAX_LINE = 16 * 2**20  # bytes; a longer line is no training row, and must not fill the memory
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev", "eval"), "test": ("test",)}
+SPLITS = tuple(_SPLITS)
+_EXPECTED = "a folder with train.jsonl, a file (.jsonl, .json, .csv, .parquet; .gz too), or hub:owner/name"
 
 
 @dataclass(frozen=True)
@@ -22,98 +36,364 @@ class Row:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """What is trained, and how it becomes updates."""
+class BadRow:
+    """A place in a file where a row should be, and why there is none."""
 
-    data: str = ""
-    """A folder with train.jsonl and, if you have them, valid.jsonl and test.jsonl; or one .jsonl file; or: embedded."""
-    validation_share: float = 0.1
-    """Share of the training rows that is split off where there is no valid.jsonl."""
-    max_seq_length: int = 2048
-    """Longer examples are cut there; the header says how many and what it cost."""
-    batch_size: int = 4
-    """Examples that go through the model at once."""
-    gradient_accumulation: int = 1
-    """Batches that make one update."""
-
-    def __post_init__(self) -> None:
-        share = self.validation_share
-        require(
-            (0 < share < 1, "validation_share", share, "a number between 0 and 1"),
-            (self.max_seq_length >= 2, "max_seq_length", self.max_seq_length, "a whole number from 2"),
-            (self.batch_size >= 1, "batch_size", self.batch_size, "a whole number from 1"),
-            (self.gradient_accumulation >= 1, "gradient_accumulation", self.gradient_accumulation, "a whole number from 1"),
-        )
-
-    @property
-    def examples_per_update(self) -> int:
-        return self.batch_size * self.gradient_accumulation
+    id: str
+    reason: str
 
 
 @dataclass(frozen=True)
-class Splits:
-    train: tuple[Row, ...]
-    valid: tuple[Row, ...]
-    valid_from: str  # the file, or what was done because there is none
+class SourceConfig:
+    """Where the examples come from."""
+
+    data: str | tuple[str, ...] = ()
+    """A folder with train.jsonl and, if you have them, valid.jsonl and test.jsonl; a file (.jsonl, .json, .csv,
+    .parquet; .gz too) or a pattern such as "chats/*.jsonl"; hub:owner/name; embedded; or several of these."""
+    data_weights: tuple[float, ...] = ()
+    """With several sources: the share of each in an epoch, such as 3 1. Without it each example comes once."""
+    format: Literal["auto", "messages", "sharegpt", "prompt", "alpaca", "question", "text"] = "auto"
+    """What the rows are; auto tells it from their keys, row by row."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Columns under other names, such as prompt=input completion=target."""
+    malformed: Literal["raise", "skip"] = "raise"
+    """What a row does that can't be used: end the run with a list of them, or be left out and counted."""
+    malformed_limit: int = 100
+    """With skip: more of them than this end the run all the same."""
+    validation_share: float = 0.1
+    """Share of the training rows that is split off where there are no validation rows."""
+    data_cache: str = ""
+    """Where prepared examples are kept: a folder, or off; without it .mlx_qlora beside the data."""
+    streaming: bool = False
+    """Read the training rows as they come instead of preparing them first; needs max_steps and validation rows."""
+    shuffle_buffer: int = 10_000
+    """With streaming: rows that are shuffled among each other."""
+
+    def __post_init__(self) -> None:
+        share, weights, sources = self.validation_share, self.data_weights, self.sources
+        require(
+            (0 < share < 1, "validation_share", share, "a number between 0 and 1"),
+            (self.shuffle_buffer >= 1, "shuffle_buffer", self.shuffle_buffer, "a whole number from 1"),
+            (self.malformed_limit >= 0, "malformed_limit", self.malformed_limit, "a whole number from 0"),
+            (
+                not weights or len(weights) == len(sources),
+                "data_weights",
+                weights,
+                f"a number for each of {len(sources)} sources",
+            ),
+            (all(0 < weight < float("inf") for weight in weights), "data_weights", weights, "numbers above 0"),
+            (len(set(sources)) == len(sources), "data", sources, "each source once (data_weights says how often)"),
+        )
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ((self.data,) if self.data else ()) if isinstance(self.data, str) else tuple(self.data)
 
 
-def read_splits(config: DataConfig, seed: int) -> Splits:
-    """The training rows and the validation rows; without a validation file a seeded share of the former."""
-    if not config.data:
-        raise DataError("data: nothing came; name a folder with train.jsonl, or one .jsonl file.")
-    path = embedded_data() if config.data == EMBEDDED else Path(config.data).expanduser()
-    if not path.exists():
-        raise DataError(f"{path}: there is no such file or folder. Name a folder with train.jsonl, or one .jsonl file.")
-    train_file = path / "train.jsonl" if path.is_dir() else path
-    if not train_file.exists():
-        found = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
-        raise DataError(f"{path}: no train.jsonl in this folder (it holds {found}). Name a folder that has one.")
-    train = read_jsonl(train_file)
-    valid_file = path / "valid.jsonl"
-    if path.is_dir() and valid_file.exists():
-        return Splits(train, read_jsonl(valid_file), valid_file.name)
-    return _split(train, config.validation_share, seed)
+class File(Protocol):
+    """Something that rows are read from."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read(self) -> Iterator[Row | BadRow]: ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What stays the same as long as the content does, without reading it."""
+        ...
 
 
-def _split(rows: tuple[Row, ...], share: float, seed: int) -> Splits:
-    if len(rows) < 2:
-        raise DataError(f"{rows[0].id}: this is the only row, and none can be split off for validation. Give a valid.jsonl.")
-    count = min(max(1, round(share * len(rows))), len(rows) - 1)
-    chosen = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
-    valid = tuple(row for i, row in enumerate(rows) if i in chosen)
-    train = tuple(row for i, row in enumerate(rows) if i not in chosen)
-    return Splits(train, valid, f"{count} rows split off from training (seed {seed}): there is no valid.jsonl")
+@dataclass(frozen=True)
+class Source:
+    """One entry of `data`: its files by split, and where prepared data may lie beside it."""
+
+    name: str
+    files: dict[str, tuple[File, ...]]
+    beside: Path | None
 
 
-def read_jsonl(path: Path) -> tuple[Row, ...]:
-    """All rows of a file, or one error that lists the lines that are no rows."""
-    rows: list[Row] = []
-    problems: list[str] = []
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: can't be read: {error.strerror}.") from error
-    for number, line in enumerate(raw.split(b"\n"), start=1):
-        if not line.strip():
-            continue
+def find(config: SourceConfig) -> tuple[Source, ...]:
+    """The sources of a run; no file is opened yet."""
+    if not config.sources:
+        raise DataError(f"data: nothing came; name {_EXPECTED}.")
+    return tuple(_source(name) for name in config.sources)
+
+
+def _source(name: str) -> Source:
+    if name == EMBEDDED:
+        return Source(name, _in_folder(embedded_data()), None)
+    if name.startswith("hub:"):
+        return _on_hub(name.removeprefix("hub:"))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(name, _in_folder(path), path)
+    if path.exists():
+        return Source(name, {"train": (DiskFile(path, path.name),)}, path.parent)
+    if glob.has_magic(name):
+        found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True)) if not Path(each).is_dir()]
+        if not found:
+            raise DataError(f"{name}: no file is like this pattern.")
+        return Source(name, {"train": _named(found)}, found[0].parent)
+    hint = f" If a data set of the hub is meant: hub:{name}." if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
+    raise DataError(f"{path}: there is no such file or folder. Name {_EXPECTED}.{hint}")
+
+
+def _in_folder(folder: Path) -> dict[str, tuple[File, ...]]:
+    """train.jsonl and the like; a split may lie in several parts (train-00000-of-00002.parquet)."""
+    files: dict[str, tuple[File, ...]] = {}
+    for split, names in _SPLITS.items():
+        like = re.compile(rf"({'|'.join(names)})([-_.]\d.*)?({'|'.join(map(re.escape, _SUFFIXES))})(\.gz)?")
+        found = [child for child in sorted(folder.iterdir()) if like.fullmatch(child.name) and child.is_file()]
+        kinds = {"".join(child.suffixes[-2:]) if child.suffix == ".gz" else child.suffix for child in found}
+        if len(kinds) > 1:
+            both = ", ".join(child.name for child in found[:4])
+            raise DataError(f"{folder}: {both} could all be the {split} rows; keep one, or name the file.")
+        if found:
+            files[split] = _named(found)
+    if "train" not in files:
+        holds = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
+        raise DataError(f"{folder}: no train.jsonl in this folder (it holds {holds}). Name a folder that has one, or a file.")
+    return files
+
+
+def _named(paths: Sequence[Path]) -> tuple[File, ...]:
+    """Files with names that tell them apart."""
+    names = [path.name for path in paths]
+    alike = len(set(names)) < len(names)
+    return tuple(DiskFile(path, str(path) if alike else path.name) for path in paths)
+
+
+# Files
+
+
+@dataclass(frozen=True)
+class DiskFile:
+    path: Path
+    name: str
+
+    def fingerprint(self) -> dict[str, Any]:
+        found = self.path.stat()
+        return {"path": str(self.path.resolve()), "size": found.st_size, "time_ns": found.st_mtime_ns, "inode": found.st_ino}
+
+    def _open(self) -> IO[bytes]:
+        return cast(IO[bytes], gzip.open(self.path)) if self.path.suffix == ".gz" else self.path.open("rb")
+
+    def read(self) -> Iterator[Row | BadRow]:
+        """The rows. What is wrong with the file as a whole is a `DataError`."""
+        suffixes = [suffix for suffix in self.path.suffixes if suffix != ".gz"]
+        suffix = suffixes[-1].lower() if suffixes else ".jsonl"
+        if suffix not in _SUFFIXES:
+            raise DataError(f"{self.path}: {suffix} files are not read here; {', '.join(_SUFFIXES)} are, with .gz too.")
         try:
-            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            problems.append(f"{path}:{number}: not UTF-8 (byte {error.start + 1}); save the file as UTF-8.")
-        except (json.JSONDecodeError, RecursionError) as error:
-            problems.append(f"{path}:{number}: not JSON: {error}; one object a line is expected.")
+            if suffix == ".parquet":
+                yield from _parquet(self.path, self.name)
+                return
+            with self._open() as file:
+                if suffix in (".csv", ".tsv"):
+                    yield from _csv(file, self.name, "\t" if suffix == ".tsv" else ",")
+                elif suffix == ".json" and _first_letter(file) == b"[":
+                    yield from _array(file, self.name)
+                else:
+                    yield from _lines(file, self.name)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{self.path}: damaged gzip: {error}.") from error
+        except OSError as error:
+            raise DataError(f"{self.path}: can't be read: {error.strerror or error}.") from error
+
+
+def _first_letter(file: IO[bytes]) -> bytes:
+    start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    file.seek(0)
+    return start[:1]
+
+
+def _lines(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
+    number = 0
+    while line := file.readline(_MAX_LINE + 1):
+        number += 1
+        id = f"{name}:{number}"
+        if len(line) > _MAX_LINE:
+            size = len(line)
+            while not line.endswith(b"\n") and (line := file.readline(_MAX_LINE)):
+                size += len(line)
+            yield BadRow(id, f"a line of {size / 2**20:.0f} MB came; up to {_MAX_LINE // 2**20} MB are expected. Split it.")
+        elif line.strip():
+            yield _parsed(line, id, ended=line.endswith(b"\n"))
+
+
+def _parsed(line: bytes, id: str, *, ended: bool) -> Row | BadRow:
+    try:
+        value = _JSON.decode(line.decode("utf-8-sig" if id.endswith(":1") else "utf-8"))
+    except UnicodeDecodeError as error:
+        return BadRow(id, f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8.")
+    except _Twice as error:
+        return BadRow(id, str(error))
+    except (ValueError, RecursionError) as error:
+        cut = "" if ended else " The file ends in this line; was it written to its end?"
+        return BadRow(id, f"not JSON: {error or 'nested too deeply'}; one object a line is expected.{cut}")
+    if not isinstance(value, dict):
+        return BadRow(id, f'{_kind(value)} came, an object such as {{"messages": [...]}} is expected.')
+    return Row(id, value)
+
+
+def _array(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
+    """A JSON file that is one list. It is held in memory whole; JSONL is not."""
+    raw = file.read()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{name}:{line}: not UTF-8; save the file as UTF-8.") from error
+    place, line, counted = text.index("[") + 1, 1, 0
+    gap = re.compile(r"[\s,]*")
+    while True:
+        place = gap.match(text, place).end()  # type: ignore[union-attr]
+        line, counted = line + text.count("\n", counted, place), place
+        id = f"{name}:{line}"
+        if text[place : place + 1] in ("]", ""):
+            break
+        try:
+            value, place = _JSON.raw_decode(text, place)
+        except _Twice as error:
+            yield BadRow(id, str(error))
+            return
+        except (ValueError, RecursionError) as error:
+            yield BadRow(
+                id, f"not JSON: {error or 'nested too deeply'}; a list of objects is expected. What follows is not read."
+            )
+            return
+        if isinstance(value, dict):
+            yield Row(id, value)
         else:
-            if isinstance(value, dict):
-                rows.append(Row(f"{path.name}:{number}", value))
-            else:
-                problems.append(f'{path}:{number}: {_kind(value)} came, an object such as {{"messages": [...]}} is expected.')
-    if problems:
-        raise DataError(listed(problems))
-    if not rows:
-        raise DataError(f"{path}: this file has no rows; one JSON object a line is expected.")
-    return tuple(rows)
+            yield BadRow(id, f'{_kind(value)} came, an object such as {{"messages": [...]}} is expected.')
+    if not text[place:].startswith("]"):
+        yield BadRow(id, "the list has no end; was the file written to its end?")
+
+
+def _csv(file: IO[bytes], name: str, delimiter: str) -> Iterator[Row | BadRow]:
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_LINE))
+    wrong: list[BadRow] = []
+
+    def decoded() -> Iterator[str]:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                wrong.append(BadRow(f"{name}:{number}", f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8."))
+                yield "\n"
+
+    reader = csv.reader(decoded(), delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    while True:
+        id = f"{name}:{reader.line_num + 1}"
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            yield BadRow(id, f"not CSV: {error}.")
+            continue
+        yield from wrong
+        wrong.clear()
+        if fields is None:
+            return
+        if not columns:
+            columns = [column.strip() for column in fields]
+            if len(set(columns)) < len(columns):
+                raise DataError(f"{name}:1: a column stands twice in {', '.join(columns)}; the first line names the columns.")
+        elif len(fields) == len(columns):
+            yield Row(id, dict(zip(columns, fields, strict=True)))
+        elif fields:
+            yield BadRow(id, f"{len(fields)} fields came, {len(columns)} are expected: {', '.join(columns)}.")
+
+
+def _parquet(path: Path, name: str) -> Iterator[Row | BadRow]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise DataError(f'{path}: for Parquet install pyarrow: pip install "mlx-qlora[parquet]".') from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=256):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{name}:{number}", _without_nulls(value))
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: can't be read as Parquet: {str(error).splitlines()[0]}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Parquet gives every row every column; one that is null was not given."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+class _Twice(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _Twice(f"the key {twice!r} stands twice in one object; keep one.")
+    return value
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _kind(value: object) -> str:
     names = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
     return names.get(type(value), "null")
+
+
+# The hub
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A split of a data set of the hub, as `datasets` has it on this machine."""
+
+    data: Any
+    name: str
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"fingerprint": self.data._fingerprint}
+
+    def read(self) -> Iterator[Row | BadRow]:
+        for number, value in enumerate(self.data, start=1):
+            yield Row(f"{self.name}:{number}", _without_nulls(value))
+
+
+def _on_hub(name: str) -> Source:
+    """`owner/name`, all splits that it has, or `owner/name@split` for the training rows."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f'hub:{name}: for data sets of the hub install datasets: pip install "mlx-qlora[hub]".') from error
+    name, _, wanted = name.partition("@")
+    try:
+        found = datasets.load_dataset(name, split=wanted or None)
+    except Exception as error:  # whatever a missing name, a missing split or a missing network makes it raise
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise DataError(f"hub:{name}: the hub gave nothing: {reason}. Check the name, the split and the connection.") from error
+    if wanted:
+        return Source(f"hub:{name}@{wanted}", {"train": (HubFile(found, f"{name}@{wanted}"),)}, None)
+    files: dict[str, tuple[File, ...]] = {}
+    for split, names in _SPLITS.items():
+        if own := next((each for each in names if each in found), None):
+            files[split] = (HubFile(found[own], f"{name}@{own}"),)
+    if "train" not in files:
+        raise DataError(
+            f"hub:{name}: it has the splits {', '.join(found)} and no train; name one as hub:{name}@{next(iter(found))}."
+        )
+    return Source(f"hub:{name}", files, None)
+
+
+def read(files: Iterable[File]) -> Iterator[Row | BadRow]:
+    """The rows of several files, in their order."""
+    for file in files:
+        yield from file.read()

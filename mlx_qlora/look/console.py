@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_qlora.assets import EMBEDDED, embedded_model
-from mlx_qlora.data.render import Account
+from mlx_qlora.data.audit import Audit
 from mlx_qlora.engine.optim import OptimConfig
+from mlx_qlora.look.account import facts
 from mlx_qlora.look.evaluate import Answered, Scores
 from mlx_qlora.look.gap import GapAnalysis, grade
 from mlx_qlora.model.lora import Attached
@@ -30,6 +31,8 @@ class Console:
         self._bar: tqdm[Any] | None = None
         self._total = 0
         self._last_line = 0.0
+        self._prepared_at: float | None = None
+        self._line_open = False
 
     def say(self, text: str = "") -> None:
         if self._quiet:
@@ -55,28 +58,33 @@ class Console:
             f"{attached.trainable:,} of {attached.total:,} parameters are trained ({share:.2%})",
         )
 
-    def data(self, train: Account, valid: Account, valid_from: str, max_seq_length: int) -> None:
-        share = train.supervised_tokens / train.tokens
-        self.fact(
-            "data",
-            f"{train.rows:,} training examples ({', '.join(train.formats)}), the longest of {train.longest:,} tokens",
-            f"{train.tokens:,} tokens, {train.supervised_tokens:,} of them trained ({share:.1%})",
-            f"{valid.rows:,} validation examples: {valid_from}",
-        )
-        for name, account in (("training", train), ("validation", valid)):
-            if account.cut_rows:
-                self.say(
-                    f"  note: {account.cut_rows:,} {name} examples are longer than max_seq_length {max_seq_length:,} and are "
-                    f"cut there; {account.cut_supervised_tokens:,} tokens that would be trained are lost"
-                )
-            if account.without_target:
-                self.say(f"  note: {account.without_target:,} {name} examples have nothing left to train and are left out")
+    def preparing(self, rows: int) -> None:
+        """How far the preparation of data is; heard of only where it takes a while."""
+        now = time.monotonic()
+        if self._prepared_at is None:
+            self._prepared_at = now
+        elif now - self._prepared_at > (_QUIET_S if not sys.stderr.isatty() else 1.0):
+            self._prepared_at = now
+            if sys.stderr.isatty() and not self._quiet:
+                print(f"\rpreparing {rows:,} rows ...", end="", file=sys.stderr, flush=True)
+                self._line_open = True
+            else:
+                self.say(f"preparing {rows:,} rows ...")
 
-    def plan(self, optim: OptimConfig, per_update: int, per_epoch: int, total: int, eval_every: int) -> None:
+    def account(self, audit: Audit) -> None:
+        """What is trained, in the header of a run and in the audit alike."""
+        if self._line_open:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self._line_open = False
+        for name, lines in facts(audit):
+            self.fact(name, *lines)
+
+    def plan(self, optim: OptimConfig, per_update: int, per_epoch: int | None, total: int, eval_every: int) -> None:
         warmup = f" after {optim.warmup_steps:,} of warm-up" if optim.warmup_steps else ""
         self.fact(
             "plan",
-            f"{total:,} updates of {per_update} examples, {per_epoch:,} an epoch, validation every {eval_every:,}",
+            f"{total:,} updates of {per_update} examples, {f'{per_epoch:,} an epoch' if per_epoch else 'from a stream'}, "
+            f"validation every {eval_every:,}",
             f"{optim.optimizer}, {optim.schedule} schedule from {optim.learning_rate:g}{warmup}",
         )
 

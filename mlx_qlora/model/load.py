@@ -51,6 +51,24 @@ def load(name: str) -> Loaded:
     return Loaded(model, tokenizer, config, name)
 
 
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer alone, of a model or of a folder that has nothing else."""
+    from mlx_lm.utils import load_tokenizer as load_it
+
+    if name == EMBEDDED:
+        folder = embedded_model()
+    elif (folder := Path(name).expanduser()).is_dir():
+        if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
+            raise ModelError(f"{name}: no tokenizer_config.json and no tokenizer.json in this folder.")
+    else:
+        folder = _folder(name)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").exists() else {}
+        return load_it(folder, eos_token_ids=config.get("eos_token_id"))
+    except Exception as error:  # whatever a broken folder makes mlx-lm or transformers raise
+        raise ModelError(f"{name}: this tokenizer can't be loaded: {_one_line(error)}") from error
+
+
 @contextmanager
 def wired_memory(model: nn.Module) -> Iterator[None]:
     """On a Mac, let the GPU keep the model's memory wired while inside, as mlx-lm does; elsewhere nothing."""

@@ -16,7 +16,7 @@ from mlx_qlora.errors import RunFolderError
 # What a run writes, and so what `overwrite` may take away. Nothing else in the folder is touched.
 _OWN_FILES = (
     "config.yaml", "training_metrics.jsonl", "training_metrics.json", "training_metrics.csv", "training_summary.json",
-    "answers.jsonl",
+    "answers.jsonl", "data_account.json", "chat_template.jinja",
 )  # fmt: skip
 _OWN_FOLDERS = ("adapters",)
 

@@ -1,0 +1,96 @@
+"""`mlx-qlora data PATH --model M`: what would be trained, before it is."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mlx_qlora.data.audit import audit
+from mlx_qlora.data.corpus import gather
+from mlx_qlora.data.render import RenderConfig
+from mlx_qlora.data.sources import SourceConfig
+from mlx_qlora.errors import ConfigError, MlxQloraError
+from mlx_qlora.look.account import page, shown
+from mlx_qlora.look.console import Console
+from mlx_qlora.model.load import load_tokenizer
+from mlx_qlora.run.folder import write_atomically, write_json
+
+
+@dataclass(frozen=True)
+class _Arguments(RenderConfig, SourceConfig):
+    """Audit a data set: what will be trained, what is lost, what comes twice. Nothing is trained."""
+
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """What --data would name: a folder, files, hub:owner/name, embedded."""
+    model: str = ""
+    """The model whose tokenizer and chat template count; a folder with only a tokenizer serves. Or: embedded."""
+    seed: int = 0
+    """For the validation rows that are split off where there are none."""
+    show: int = 3
+    """How many examples are shown, decoded."""
+    html: str = ""
+    """Write the account as a page, too."""
+    json: str = ""
+    """Write the account for programs, too."""
+
+    def __post_init__(self) -> None:
+        RenderConfig.__post_init__(self)
+        SourceConfig.__post_init__(self)
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        return _run(tyro.cli(_Arguments, prog="mlx-qlora data", args=arguments, config=(tyro.conf.EnumChoicesFromValues,)))
+    except MlxQloraError as error:
+        print(f"mlx-qlora data: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"mlx-qlora data: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mlx-qlora data: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(given: _Arguments) -> int:
+    if not given.model:
+        raise ConfigError("--model is missing: a folder or hub name whose tokenizer and chat template count, or embedded.")
+    own = {each.name: getattr(given, each.name) for each in fields(SourceConfig)}
+    if given.paths:
+        own["data"] = given.paths
+    source = SourceConfig(**own)
+    render = RenderConfig(**{each.name: getattr(given, each.name) for each in fields(RenderConfig)})
+    console = Console()
+    corpus = gather(source, render, load_tokenizer(given.model), given.seed, console.preparing, strict=False)
+    console.end_bar()
+    found = audit(corpus, show=max(given.show, 10 if given.html else 0))
+    console.account(found)
+    longest = found.accounts["train"].longest if "train" in found.accounts else []
+    if longest:
+        console.fact("longest", ", ".join(f"{id} ({tokens:,})" for tokens, id in sorted(longest, reverse=True)))
+    refused = [line for account in found.accounts.values() for line in account.refused]
+    if refused:
+        console.fact("refused", *refused)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    if found.sights and given.show:
+        console.say(f"\n{'green' if colour else '⟦ ⟧'} is trained, the rest is what the model sees before:")
+        before = None
+        for sight in found.sights[: given.show]:
+            console.say(f"\n{shown(sight, colour, before)}")
+            before = sight
+    if given.html:
+        write_atomically(Path(given.html), page(found, f"What is trained: {', '.join(source.sources)}"))
+        console.say(f"\npage      {given.html}")
+    if given.json:
+        write_json(Path(given.json), found.to_json())
+        console.say(f"\njson      {given.json}")
+    if found.refusals:
+        print("\nmlx-qlora data: training would be refused:\n" + "\n".join(found.refusals), file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,366 @@
+"""A conversation becomes text by the model's chat template, with the places in it that are trained.
+
+What the model would really have seen decides. The prompt of each answer is rendered as it is when the model is asked,
+the answer as it stands when it is given. Where one text holds all of a conversation's answers, each right after its
+own prompt, it is one piece; where a template writes earlier turns in another way later (thinking that is dropped, a
+system prompt that moves to the last question), an answer gets a piece of its own, or the row is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_qlora.data.formats import Marks, RowError, Talk, Turn, with_short_call_ids
+from mlx_qlora.errors import DataError
+
+Tokenizer = Any  # mlx-lm's TokenizerWrapper, or one of transformers
+
+
+class TrainOn(str, Enum):
+    """Which tokens are trained."""
+
+    ASSISTANT = "assistant"  # every turn of the assistant
+    LAST = "last"  # its last turn
+    ALL = "all"  # everything
+    MARKED = "marked"  # what the rows mark with "train"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters that are trained, with their weight."""
+
+    begin: int
+    end: int
+    weight: float = 1.0
+    exact: bool = True  # begins where the model begins to speak; else: every token that overlaps
+
+
+@dataclass
+class Piece:
+    """Text of one example."""
+
+    text: str
+    spans: list[Span]
+    bos: bool = False  # the beginning-of-text token goes before, if the text does not have it
+    eos: float | None = None  # the end-of-text token goes after, if the text does not have it, with this weight
+    escaped: bool = False  # written with stand-ins for special tokens, see `Specials`
+    notes: list[str] = field(default_factory=list)
+
+
+# Templates for base models that have none, by name.
+TEMPLATES = {
+    "plain": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+        "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n' }}"
+        "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}"
+        "{% if not loop.last %}{{ '\\n' }}{% endif %}"
+        "{% else %}{{ raise_exception('the template plain knows system, user and assistant, not ' + message['role']) }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    ),
+    "alpaca": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+        "{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
+        "{% elif message['role'] == 'assistant' %}{{ '### Response:\\n' + message['content'] + eos_token }}"
+        "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}"
+        "{% else %}{{ raise_exception('the template alpaca knows system, user and assistant, not ' + message['role']) }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+    ),
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+}
+
+
+def choose_template(tokenizer: Tokenizer, name: str) -> str:
+    """Give the tokenizer the template that is asked for, or `plain` if it has none; says which it has now."""
+    if not name:
+        if has_template(tokenizer):
+            return "the model's own"
+        tokenizer.chat_template = TEMPLATES["plain"]
+        return "plain (the model has none)"
+    if name in TEMPLATES:
+        tokenizer.chat_template = TEMPLATES[name]
+        return name
+    path = Path(name).expanduser()
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"chat_template: {name!r} came, {', '.join(TEMPLATES)} or a readable file with a Jinja template is expected."
+        ) from error
+    return name
+
+
+def has_template(tokenizer: Tokenizer) -> bool:
+    return bool(getattr(tokenizer, "has_chat_template", False) or getattr(tokenizer, "chat_template", None))
+
+
+class Specials:
+    """The special tokens of a tokenizer, and how texts that merely contain their letters are kept apart from them.
+
+    A content that holds the letters of a special token, such as `</s>` in a question about HTML, gets a stand-in of one
+    private character for it before the template sees it. After rendering, what the template itself wrote is exchanged
+    for other private characters, and the letters come back. `tokens.Encoder` reads such a text with a tokenizer that
+    knows special tokens under their private names only.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        found = getattr(tokenizer, "added_tokens_decoder", None)
+        if found:
+            strings = [str(token) for token in found.values() if token.special]
+        else:
+            strings = list(getattr(tokenizer, "all_special_tokens", []))
+        self.strings = tuple(dict.fromkeys(strings))
+        longest_first = sorted(self.strings, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._number = {text: number for number, text in enumerate(self.strings)}
+
+    def private_name(self, text: str) -> str:
+        """The name of a special token in an escaped text."""
+        return f"\ue000{self._number[text]}\ue001"
+
+    def hidden(self, text: str) -> str:
+        """The text with a stand-in for each special token's letters."""
+        return self.pattern.sub(lambda found: f"\ue002{self._number[found[0]]}\ue003", text)
+
+    def shown(self, rendered: str) -> str:
+        """A rendered text in which special tokens have their private names and stand-ins are letters again."""
+        named = self.pattern.sub(lambda found: self.private_name(found[0]), rendered)
+        return re.sub("\ue002(\\d+)\ue003", lambda found: self.strings[int(found[1])], named)
+
+    def plain(self, text: str) -> str:
+        """An escaped text as people read it."""
+        return re.sub("\ue000(\\d+)\ue001", lambda found: self.strings[int(found[1])], text)
+
+
+_ENDS = re.compile("\ue000\\d+\ue001")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatRenderer:
+    """Conversations -> pieces, by the tokenizer's own template, in transformers' sandbox."""
+
+    def __init__(self, tokenizer: Tokenizer, train_on: TrainOn):
+        self.tokenizer = tokenizer
+        self.train_on = train_on
+        self.specials = Specials(tokenizer)
+        self._eos: str = getattr(tokenizer, "eos_token", None) or ""
+        self._marks = isinstance(template := getattr(tokenizer, "chat_template", None), str) and bool(
+            _GENERATION.search(template)
+        )
+
+    def render(self, talk: Talk, *, ask: bool = False) -> str:
+        """The text of a conversation; `ask` adds what leads the model to answer."""
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [dict(turn.shown) for turn in talk.turns],
+                tools=list(talk.tools) if talk.tools else None,
+                tokenize=False,
+                add_generation_prompt=ask,
+            )
+        except Exception as error:  # a template raises whatever its author chose
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RowError(f"the chat template refuses this conversation: {reason}") from error
+        return text
+
+    def pieces(self, talk: Talk) -> list[Piece]:
+        notes: list[str] = []
+        talk = self._one_end(talk, notes)
+        try:
+            return self._pieces(talk, notes)
+        except RowError:
+            if not any("tool_calls" in turn.shown for turn in talk.turns):
+                raise
+            short = with_short_call_ids(talk)
+            if short == talk:
+                raise
+            return self._pieces(short, [*notes, "renamed_calls"])
+
+    def _one_end(self, talk: Talk, notes: list[str]) -> Talk:
+        """An answer that ends in the letters of the end-of-text token does not get it twice."""
+        if not self._eos or not any(t.role == "assistant" and t.content.rstrip().endswith(self._eos) for t in talk.turns):
+            return talk
+        notes.append("ended_already")
+
+        def once(turn: Turn) -> Turn:
+            if turn.role != "assistant" or not turn.content.rstrip().endswith(self._eos):
+                return turn
+            return replace(turn, shown={**turn.shown, "content": turn.content.rstrip().removesuffix(self._eos)})
+
+        return replace(talk, turns=tuple(map(once, talk.turns)))
+
+    def _pieces(self, talk: Talk, notes: list[str]) -> list[Piece]:
+        write: Callable[..., str] = self.render
+        given = [[turn.shown for turn in talk.turns], list(talk.tools or ())]
+        escaped = self.specials.pattern.search("\0".join(_texts(given))) is not None
+        if escaped:
+            hidden = partial(_changed, change=self.specials.hidden)
+            turns = tuple(replace(turn, shown=hidden(turn.shown)) for turn in talk.turns)
+            talk = replace(talk, turns=turns, tools=tuple(map(hidden, talk.tools)) if talk.tools else None)
+            notes = [*notes, "escaped"]
+
+            def write(talk: Talk, *, ask: bool = False) -> str:
+                return self.specials.shown(self.render(talk, ask=ask))
+
+        whole = write(talk)
+        if self.train_on is TrainOn.ALL:
+            end, ended = self._end(whole, 0, escaped)
+            eos = None if ended else talk.weight
+            return [Piece(whole[:end], [Span(0, end, talk.weight, exact=False)], eos=eos, escaped=escaped, notes=notes)]
+        pieces: list[Piece] = []
+        answers = [place for place, turn in enumerate(talk.turns) if turn.role == "assistant"]
+        if self.train_on is TrainOn.LAST:
+            answers = answers[-1:]
+        for place in reversed(answers):
+            turn = talk.turns[place]
+            marks = turn.marks if turn.marks is not None else self.train_on is not TrainOn.MARKED
+            weight = talk.weight * turn.weight
+            if marks is False or not weight:
+                continue
+            done = whole if place == len(talk.turns) - 1 else write(replace(talk, turns=talk.turns[: place + 1]))
+            text, begin = self._after_prompt(talk, place, done, write)
+            end, ended = self._end(text, begin, escaped)
+            text = text[:end]
+            spans = self._spans(talk, place, text, begin, marks, weight, escaped)
+            eos = None if ended or not (marks is True or _reaches_end(marks, turn)) else weight
+            home = next((piece for piece in pieces if ended and piece.text.startswith(text)), None)
+            if home is None:
+                home = Piece(text, [], eos=eos, escaped=escaped, notes=notes)
+                pieces.append(home)
+            home.spans[:0] = spans
+        if not pieces:  # nothing of it is trained: an example without a target, so that it is counted
+            return [Piece(whole, [], escaped=escaped, notes=notes)]
+        return pieces[::-1]
+
+    def _after_prompt(self, talk: Talk, place: int, done: str, write: Callable[..., str]) -> tuple[str, int]:
+        """(the prompt of an answer with the answer, where the answer begins)."""
+        if place == 0:
+            return done, self._greeting(talk, done, write)
+        prompt = write(replace(talk, turns=talk.turns[:place]), ask=True)
+        if done.startswith(prompt):
+            return done, len(prompt)
+        # Given, the answer stands after another text than the one it is asked for with. The end of that text, from the
+        # last message on, must stand right before it all the same.
+        asked, answer = self._letters(talk.turns[place - 1]), self._letters(talk.turns[place])
+        start, given = prompt.rfind(asked), done.rfind(answer)
+        cut = done.rfind(prompt[start:], 0, given) if asked and answer and start >= 0 and given >= 0 else -1
+        if cut < 0 or done[cut + len(prompt) - start : given].strip():
+            raise RowError(
+                f"messages[{place}]: the chat template writes this answer in another way than it is asked for, so what the "
+                "model would see before it can't be told. A template of your own: --chat-template FILE."
+            )
+        return prompt + done[cut + len(prompt) - start :], len(prompt)
+
+    def _greeting(self, talk: Talk, done: str, write: Callable[..., str]) -> int:
+        """Where a first message begins that answers nothing: after what leads the model to speak."""
+        asked = replace(talk, turns=(Turn("user", {"role": "user", "content": "?"}),), tools=None)
+        header = write(asked, ask=True).removeprefix(write(asked))
+        place = done.find(header) + len(header) if header and header in done else done.find(self._letters(talk.turns[0]))
+        if place < 0:
+            raise RowError("messages[0]: the chat template hides where this first answer begins.")
+        return place
+
+    def _letters(self, turn: Turn) -> str:
+        """A message's content as it stands in a finished text."""
+        content = turn.content.strip()
+        return re.sub("\ue002(\\d+)\ue003", lambda found: self.specials.strings[int(found[1])], content)
+
+    def _end(self, text: str, begin: int, escaped: bool) -> tuple[int, bool]:
+        """(where the last turn ends, whether with a special token). What a template writes after that is not trained."""
+        pattern = _ENDS if escaped else self.specials.pattern
+        last = _last(pattern, text, begin)
+        if last is not None and not text[last.end() :].strip():
+            return last.end(), True
+        return begin + len(text[begin:].rstrip()), False
+
+    def _spans(self, talk: Talk, place: int, text: str, begin: int, marks: Marks, weight: float, escaped: bool) -> list[Span]:
+        turn = talk.turns[place]
+        if marks is not True:
+            return self._marked(turn, place, text, begin, marks or (), weight)
+        if not self._marks or escaped:
+            return [Span(begin, len(text), weight)]
+        return self._generated(replace(talk, turns=talk.turns[: place + 1]), text, begin, weight)
+
+    def _marked(
+        self, turn: Turn, place: int, text: str, begin: int, marks: Sequence[tuple[int, int, float]], weight: float
+    ) -> list[Span]:
+        content = turn.content
+        if "\ue002" in content:
+            raise RowError(f"messages[{place}].train: the content holds the letters of a special token; spans can't be placed.")
+        start = text.find(content, begin)
+        if start < 0 and (start := text.find(content.strip(), begin)) >= 0:
+            start -= len(content) - len(content.lstrip())
+        if start < 0:
+            raise RowError(f"messages[{place}].train: the chat template changes this text, so spans in it can't be placed.")
+        spans = []
+        for span_begin, span_end, own in marks:
+            if span_end > len(content):
+                raise RowError(
+                    f"messages[{place}].train: [{span_begin}, {span_end}] came, the text has {len(content)} characters."
+                )
+            end = len(text) if span_end == len(content) else start + span_end
+            spans.append(Span(max(start + span_begin, begin), end, weight * own, exact=False))
+        return spans
+
+    def _generated(self, talk: Talk, text: str, begin: int, weight: float) -> list[Span]:
+        """What the template itself marks with `{% generation %}`, and the end of the turn."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        thinking = {"enable_thinking": self.tokenizer.has_thinking} if hasattr(self.tokenizer, "has_thinking") else {}
+        tools = list(talk.tools) if talk.tools else None
+        (marked,), (blocks,) = render_jinja_template(
+            conversations=[[dict(turn.shown) for turn in talk.turns]],
+            tools=tools,
+            chat_template=self.tokenizer.get_chat_template(None, tools),
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+            **thinking,
+        )
+        if not marked.startswith(text):  # put together from the prompt and the answer
+            return [Span(begin, len(text), weight)]
+        own = [(max(start, begin), min(end, len(text))) for start, end in blocks]
+        own = [(start, end) for start, end in own if start < end]
+        if not own:
+            raise RowError("the chat template marks no {% generation %} in this answer, so nothing of it would be trained.")
+        spans = [Span(start, end, weight, exact=start == begin) for start, end in own]
+        closing = _last(self.specials.pattern, text, begin)
+        if closing is not None and closing.end() == len(text) and spans[-1].end < len(text):
+            spans.append(Span(max(closing.start(), spans[-1].end), len(text), weight, exact=False))
+        return spans
+
+
+def _last(pattern: re.Pattern[str], text: str, begin: int) -> re.Match[str] | None:
+    """The last match near the end of a text."""
+    return next(iter(deque(pattern.finditer(text, max(begin, len(text) - 96)), maxlen=1)), None)
+
+
+def _reaches_end(marks: Marks, turn: Turn) -> bool:
+    return isinstance(marks, tuple) and any(end == len(turn.content) for _, end, _ in marks)
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts in a value, however deep."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for each in value.values() for text in _texts(each)]
+    return [text for each in value for text in _texts(each)] if isinstance(value, list) else []
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _changed(each, change) for key, each in value.items()}
+    return [_changed(each, change) for each in value] if isinstance(value, list) else value

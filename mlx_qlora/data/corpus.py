@@ -1,0 +1,151 @@
+"""All the data of a run: sources found, prepared or streamed, split, and put in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_qlora.data.chat import Tokenizer
+from mlx_qlora.data.layout import BatchConfig, streamed_updates, updates
+from mlx_qlora.data.order import Order, shuffled, updates_in
+from mlx_qlora.data.prepare import Chosen, Joined, KeptSet, Preparation, Prepared, iterate, split_off
+from mlx_qlora.data.render import Account, Question, RenderConfig, Renderer, question
+from mlx_qlora.data.sources import SPLITS, File, Row, Source, SourceConfig, find, read
+from mlx_qlora.data.stream import stream
+from mlx_qlora.errors import DataError
+from mlx_qlora.records import START, Bookmark, Example, Update
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The training and validation examples of a run, and the accounts of what they were made of."""
+
+    config: SourceConfig
+    render: RenderConfig
+    renderer: Renderer
+    sources: tuple[Source, ...]
+    seed: int
+    sets: dict[str, KeptSet]  # by split; without train where that is streamed
+    sizes: tuple[int, ...]  # training examples of each source
+    valid_from: str
+    accounts: dict[str, Account]  # of the files of each split
+    warm: bool  # all of it was there already
+    split_off: frozenset[str] | None  # ids of the validation rows, where they are split off from training
+    refusals: tuple[str, ...]  # why training would be refused
+
+    @property
+    def train(self) -> KeptSet | None:
+        return self.sets.get("train")
+
+    @property
+    def valid(self) -> KeptSet:
+        return self.sets["valid"]
+
+    @property
+    def order(self) -> Order:
+        return Order(self.sizes, self.config.data_weights if len(self.sizes) > 1 else (), self.seed)
+
+    def updates(self, config: BatchConfig, epochs: int, start: Bookmark = START) -> Iterator[Update]:
+        if self.train is None:
+            return streamed_updates(stream(self.sources, self.config, self.render, self.renderer, self.seed, start), config)
+        return updates(self.train, self.order, config, epochs, start)
+
+    def updates_in(self, config: BatchConfig, epochs: int) -> int:
+        assert self.train is not None, "a stream has no length"
+        least = config.min_supervised_per_update
+        return updates_in(self.order, config.examples_per_update, epochs, self.train.supervised, least)
+
+    def valid_examples(self) -> list[Example]:
+        return list(iterate(self.valid))
+
+    def train_sample(self) -> list[Example]:
+        """A fixed sample of the training examples, as large as the validation set."""
+        if self.train is None:
+            following = stream(self.sources, self.config, self.render, self.renderer, self.seed, Bookmark())
+            return [next(following)[0] for _ in range(len(self.valid))]
+        count = len(self.train)
+        numbers = shuffled(np.arange(min(count, len(self.valid))), count, (self.seed, 0x5A3))
+        return [self.train[number] for number in numbers.tolist()]
+
+    def questions(self, most: int) -> list[Question]:
+        """Questions with answers from the validation rows, the first ones."""
+        found: list[Question] = []
+        for row in read(self._valid_files()):
+            if len(found) == most:
+                break
+            if isinstance(row, Row) and (self.split_off is None or row.id in self.split_off):
+                one = question(row, self.renderer, self.config)
+                found += [one] if one else []
+        return found
+
+    def _valid_files(self) -> tuple[File, ...]:
+        split = "train" if self.split_off is not None else "valid"
+        return tuple(file for source in self.sources for file in source.files.get(split, ()))
+
+
+def gather(
+    config: SourceConfig,
+    render: RenderConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    progress: Callable[[int], None] = lambda rows: None,
+    strict: bool = True,
+) -> Corpus:
+    """Everything from the files to the order of the examples. If `strict`, raises what training is refused for."""
+    sources = find(config)
+    renderer = Renderer(tokenizer, render, config)
+    preparation = Preparation(config, render, renderer, config.data_cache, progress, strict)
+    prepared: dict[str, tuple[Prepared, ...]] = {}
+    refusals: list[str] = []
+    warm = True
+    for split in ("valid", "test") if config.streaming else SPLITS:
+        made = []
+        for source in (one for one in sources if split in one.files):
+            one, known = preparation.prepare(source, split)
+            made.append(one)
+            warm = warm and known
+            if split != "test" and (reason := preparation.refusal(one.account, source.files[split])):
+                refusals.append(reason)
+        if made:
+            prepared[split] = tuple(made)
+    sets: dict[str, KeptSet] = {split: _one(made) for split, made in prepared.items()}
+    sizes = tuple(map(len, prepared.get("train", ())))
+    chosen = None
+    if "valid" in prepared:
+        said = ", ".join(file.name for source in sources for file in source.files.get("valid", ()))
+    elif config.streaming:
+        raise DataError("streaming: validation rows are needed beside the stream; a folder with train and valid files.")
+    else:
+        try:
+            parts = [split_off(each, config.validation_share, seed) for each in prepared["train"]]
+        except DataError as error:
+            if strict:
+                raise
+            refusals += [] if refusals else [str(error)]
+            parts, said = [], "nothing"
+        else:
+            sets["train"], sets["valid"] = _one([train for train, _, _ in parts]), _one([valid for _, valid, _ in parts])
+            sizes = tuple(len(train) for train, _, _ in parts)
+            ids = (sets["valid"].id(number) for number in range(len(sets["valid"])))
+            chosen = frozenset(id.partition("#")[0] for id in ids)
+            said = f"{sum(rows for _, _, rows in parts):,} rows split off from training (seed {seed}): there is no valid.jsonl"
+    return Corpus(
+        config=config,
+        render=render,
+        renderer=renderer,
+        sources=sources,
+        seed=seed,
+        sets=sets,
+        sizes=sizes,
+        valid_from=said,
+        accounts={split: sum((each.account for each in made), Account()) for split, made in prepared.items()},
+        warm=warm,
+        split_off=chosen,
+        refusals=tuple(refusals),
+    )
+
+
+def _one(sets: Sequence[Prepared | Chosen]) -> KeptSet:
+    return sets[0] if len(sets) == 1 else Joined(sets)

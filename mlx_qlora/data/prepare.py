@@ -1,0 +1,494 @@
+"""Examples are made once and kept: memory-mapped tokens and weights with an index, beside the data.
+
+A prepared folder is found by what went into it other than the content (paths, settings, tokenizer, template, this
+code), and is taken only if the content is the same: by size, time and inode of each file, as git does, and where these
+differ by a digest. It is written aside and renamed; one that is not whole is made again. Each example carries a
+checksum that is looked at whenever it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_qlora.data.order import shuffled
+from mlx_qlora.data.render import Account, Refusals, RenderConfig, Renderer, refused, too_long
+from mlx_qlora.data.sources import DiskFile, File, Source, SourceConfig, read
+from mlx_qlora.errors import DataError
+from mlx_qlora.records import Example
+
+_FOLDER = ".mlx_qlora"
+_KEPT = 6  # prepared folders beside a data set
+_INDEX = np.dtype(
+    [
+        ("token", "<u8"), ("span", "<u8"), ("line", "<u8"), ("hash", "<u8"), ("prompt", "<u8"), ("length", "<u4"),
+        ("spans", "<u4"), ("supervised", "<u4"), ("crc", "<u4"), ("name", "<u4"), ("part", "<u4"),
+    ]
+)  # fmt: skip
+_PACK = struct.Struct("<QQQQQIIIIII").pack
+_SPAN = np.dtype([("begin", "<u4"), ("end", "<u4"), ("weight", "<f4")])
+_FILES = ("tokens.bin", "spans.bin", "index.bin")
+MOST_SPLIT_OFF = 2000  # rows for validation, however many there are
+
+
+class ExampleSet(Protocol):
+    """Examples by number, with what can be known of them without reading them."""
+
+    @property
+    def lengths(self) -> NDArray[np.integer[Any]]: ...
+
+    @property
+    def supervised(self) -> NDArray[np.integer[Any]]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Example: ...
+
+
+class Prepared:
+    """The examples of a prepared folder, read as they are asked for."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], passing: bool = False):
+        self.folder = folder
+        self.account = Account.from_json(manifest["account"])
+        self._names: list[str] = manifest["names"]
+        if passing:  # nothing is to be kept: the folder goes away with this object
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._index = _mapped(folder / "index.bin", _INDEX)
+        self._tokens = _mapped(folder / "tokens.bin", np.dtype(manifest["token_type"]))
+        self._spans = _mapped(folder / "spans.bin", _SPAN)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, number: int) -> Example:
+        at = self._index[number]
+        length = int(at["length"])
+        tokens = self._tokens[int(at["token"]) : int(at["token"]) + length]
+        spans = self._spans[int(at["span"]) : int(at["span"]) + int(at["spans"])]
+        if zlib.crc32(spans.tobytes(), zlib.crc32(tokens.tobytes())) != at["crc"]:
+            (self.folder / "manifest").unlink(missing_ok=True)
+            raise DataError(f"{self.folder}: the prepared data is damaged at {self._id(at)}. Start again; it is made anew.")
+        weights = np.zeros(length, np.float32)
+        for begin, end, weight in spans.tolist():
+            weights[begin:end] = weight
+        return Example(self._id(at), tokens.astype(np.int32), weights)
+
+    @property
+    def lengths(self) -> NDArray[np.integer[Any]]:
+        return self._index["length"]
+
+    @property
+    def supervised(self) -> NDArray[np.integer[Any]]:
+        return self._index["supervised"]
+
+    @property
+    def hashes(self) -> NDArray[np.uint64]:
+        """Of each example's tokens."""
+        return self._index["hash"]
+
+    @property
+    def prompts(self) -> NDArray[np.uint64]:
+        """Of each example's tokens before the first that is trained; 0 where these say nothing."""
+        return self._index["prompt"]
+
+    def id(self, number: int) -> str:
+        return self._id(self._index[number])
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """A number for each example's row, the same for examples of one row."""
+        own = self._index
+        new = np.ones(len(own), bool)
+        new[1:] = (own["line"][1:] != own["line"][:-1]) | (own["name"][1:] != own["name"][:-1])
+        numbers: NDArray[np.int64] = np.cumsum(new) - 1
+        return numbers
+
+    def _id(self, at: Any) -> str:
+        part = f"#{at['part']}" if at["part"] else ""
+        return f"{self._names[int(at['name'])]}:{at['line']}{part}"
+
+
+class Chosen:
+    """Some examples of a set."""
+
+    def __init__(self, whole: Prepared, numbers: NDArray[np.int64]):
+        self._whole, self._numbers = whole, numbers
+
+    @property
+    def hashes(self) -> NDArray[np.uint64]:
+        return self._whole.hashes[self._numbers]
+
+    @property
+    def prompts(self) -> NDArray[np.uint64]:
+        return self._whole.prompts[self._numbers]
+
+    def id(self, number: int) -> str:
+        return self._whole.id(int(self._numbers[number]))
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, number: int) -> Example:
+        return self._whole[int(self._numbers[number])]
+
+    @property
+    def lengths(self) -> NDArray[np.integer[Any]]:
+        return self._whole.lengths[self._numbers]
+
+    @property
+    def supervised(self) -> NDArray[np.integer[Any]]:
+        return self._whole.supervised[self._numbers]
+
+
+class Joined:
+    """Several sets, one after another."""
+
+    def __init__(self, sets: Sequence[Prepared | Chosen]):
+        self._sets = sets
+        self._ends = np.cumsum([len(each) for each in sets])
+
+    @property
+    def hashes(self) -> NDArray[np.uint64]:
+        return np.concatenate([each.hashes for each in self._sets])
+
+    @property
+    def prompts(self) -> NDArray[np.uint64]:
+        return np.concatenate([each.prompts for each in self._sets])
+
+    def id(self, number: int) -> str:
+        own, within = self._place(number)
+        return self._sets[own].id(within)
+
+    def _place(self, number: int) -> tuple[int, int]:
+        own = int(np.searchsorted(self._ends, number, side="right"))
+        return own, number - (int(self._ends[own - 1]) if own else 0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, number: int) -> Example:
+        own, within = self._place(number)
+        return self._sets[own][within]
+
+    @property
+    def lengths(self) -> NDArray[np.integer[Any]]:
+        return np.concatenate([each.lengths for each in self._sets])
+
+    @property
+    def supervised(self) -> NDArray[np.integer[Any]]:
+        return np.concatenate([each.supervised for each in self._sets])
+
+
+KeptSet = Prepared | Chosen | Joined
+
+
+class InMemory(list[Example]):
+    """Examples that are there already."""
+
+    @property
+    def lengths(self) -> NDArray[np.integer[Any]]:
+        return np.array([len(example.tokens) for example in self], np.int64)
+
+    @property
+    def supervised(self) -> NDArray[np.integer[Any]]:
+        return np.array([np.count_nonzero(example.weights) for example in self], np.int64)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Prepares sources with one tokenizer and one set of settings."""
+
+    source: SourceConfig
+    render: RenderConfig
+    renderer: Renderer
+    keep: str = ""  # a folder for prepared data; "" beside the data; "off" nowhere
+    progress: Callable[[int], None] = lambda rows: None
+    strict: bool = True  # stop reading where the list of refused rows is full
+
+    def prepare(self, source: Source, split: str) -> tuple[Prepared, bool]:
+        """(the examples of a source's split, whether they were there already).
+
+        If `strict`, raises what training is refused for; nothing is kept then.
+        """
+        files = source.files[split]
+        folder = self._folder(source, files)
+        if folder is not None and (found := self._open(folder, files)) is not None:
+            self._judge(found.account, files)
+            return found, True
+        return self._make(folder, files), False
+
+    def _judge(self, account: Account, files: Sequence[File]) -> None:
+        if self.strict and (reason := self.refusal(account, files)):
+            raise DataError(reason)
+
+    def refusal(self, account: Account, files: Sequence[File]) -> str | None:
+        """Why training with these examples would be refused, if it would."""
+        where = _where(files)
+        if reason := refused(account, self.source):
+            return reason
+        if account.rows == 0:
+            return f"{where}: this file has no rows; one JSON object a line is expected."
+        if account.long_rows and self.render.truncation == "error":
+            return too_long(account, self.render)
+        if not account.examples:
+            return (
+                f"{where}: none of the {account.rows} rows has anything to train within max_seq_length "
+                f"{self.render.max_seq_length} ({account.long_rows} are longer). "
+                "Raise max_seq_length, or look whether the answers are there."
+            )
+        return None
+
+    # The folder
+
+    def _folder(self, source: Source, files: Sequence[File]) -> Path | None:
+        if self.keep == "off" or (source.beside is None and not self.keep and all(isinstance(f, DiskFile) for f in files)):
+            return None
+        name = f"{files[0].name.split('.')[0].replace('/', '_')[:40]}-{self._key(files)}"
+        if self.keep:
+            return Path(self.keep).expanduser() / name
+        if source.beside is not None and os.access(source.beside, os.W_OK):
+            return source.beside / _FOLDER / name
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(cache).expanduser() / "mlx_qlora" / name
+
+    def _key(self, files: Sequence[File]) -> str:
+        told = {
+            "paths": [getattr(file, "path", Path(file.name)).absolute().as_posix() for file in files],
+            "names": [file.name for file in files],
+            "render": asdict(self.render),
+            "rows": [self.source.format, self.source.fields],
+            "tokenizer": _tokenizer_digest(self.renderer.tokenizer),
+            "code": _code_digest(),
+        }
+        return _digest(json.dumps(told, sort_keys=True, default=str).encode())[:16]
+
+    def _open(self, folder: Path, files: Sequence[File]) -> Prepared | None:
+        """What lies in the folder, if it is whole and of this content."""
+        try:
+            manifest = _read_manifest(folder)
+            for name, kept in manifest["files"].items():
+                found = (folder / name).stat()
+                if found.st_size != kept["size"]:
+                    return None
+                if (found.st_mtime_ns != kept["time_ns"] or name == "index.bin") and _crc(folder / name) != kept["crc"]:
+                    return None
+            if manifest["from"] != [file.fingerprint() for file in files]:
+                if manifest["content"] != _content_digest(files):
+                    return None
+                manifest["from"] = [file.fingerprint() for file in files]
+                _write_manifest(folder, manifest)
+            os.utime(folder)
+            return Prepared(folder, manifest)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _make(self, folder: Path | None, files: Sequence[File]) -> Prepared:
+        try:
+            if folder is not None:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent if folder else None))
+        except OSError as error:
+            where = "--data-cache FOLDER names another, --data-cache off keeps nothing"
+            raise DataError(
+                f"{folder and folder.parent}: prepared data can't be kept here: {error.strerror}; {where}."
+            ) from error
+        try:
+            manifest = self._write(aside, files)
+            self._judge(Account.from_json(manifest["account"]), files)
+            if folder is None:
+                return Prepared(aside, manifest, passing=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+        except BaseException as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            if folder is None:
+                raise
+            with suppress(OSError):  # it may hold other data
+                folder.parent.rmdir()
+            # Another process may have made the same at the same time.
+            if isinstance(error, OSError) and (found := self._open(folder, files)) is not None:
+                return found
+            raise
+        _forget_old(folder.parent)
+        return Prepared(folder, manifest)
+
+    def _write(self, folder: Path, files: Sequence[File]) -> dict[str, Any]:
+        before = [file.fingerprint() for file in files]
+        account, refusals = Account(), Refusals(stop=self.strict and self.source.malformed == "raise")
+        vocabulary = len(self.renderer.tokenizer) if hasattr(self.renderer.tokenizer, "__len__") else 2**31
+        token_type = np.dtype("<u2") if vocabulary <= 2**16 else np.dtype("<u4")
+        names: dict[str, int] = {}
+        with (folder / "tokens.bin").open("wb") as tokens, (folder / "spans.bin").open("wb") as spans, (
+            folder / "index.bin"
+        ).open("wb") as index:  # fmt: skip
+            token_place = span_place = 0
+            for made in self.renderer.examples(read(files), account, refusals):
+                for example in made:
+                    raw = example.tokens.astype(token_type).tobytes()
+                    own = _spans_of(example.weights)
+                    packed = own.tobytes()
+                    name, line, part = _parts(example.id)
+                    begun = int(own["begin"][0])  # the first trained token
+                    tokens.write(raw)
+                    spans.write(packed)
+                    index.write(
+                        _PACK(
+                            token_place, span_place, line, _hash(raw, 0), _hash(raw[: begun * token_type.itemsize]),
+                            len(example.tokens), len(own), int(np.count_nonzero(example.weights)),
+                            zlib.crc32(packed, zlib.crc32(raw)), names.setdefault(name, len(names)), part,
+                        )
+                    )  # fmt: skip
+                    token_place += len(example.tokens)
+                    span_place += len(own)
+                self.progress(account.rows)
+            for file in (tokens, spans, index):
+                file.flush()
+                os.fsync(file.fileno())
+        if before != [file.fingerprint() for file in files]:
+            raise DataError(f"{_where(files)}: the file changed while it was read. Start again once it is written.")
+        manifest = {
+            "from": before,
+            "content": _content_digest(files),
+            "token_type": token_type.str,
+            "names": list(names),
+            "account": account.to_json(),
+            "files": {name: _kept(folder / name) for name in _FILES},
+        }
+        _write_manifest(folder, manifest)
+        return manifest
+
+
+def split_off(made: Prepared, share: float, seed: int) -> tuple[Chosen, Chosen, int]:
+    """(training, validation, rows of the latter): a seeded share of the rows; examples of one row stay together."""
+    rows = made.rows
+    count = int(rows[-1]) + 1 if len(rows) else 0
+    if count < 2:
+        where = made.id(0) if count else str(made.folder)
+        raise DataError(f"{where}: this is the only row, and none can be split off for validation. Give a valid.jsonl.")
+    number = min(max(1, round(share * count)), count - 1, MOST_SPLIT_OFF)
+    valid = np.zeros(count, bool)
+    valid[shuffled(np.arange(number), count, (seed, 0x5917))] = True
+    chosen = valid[rows]
+    return Chosen(made, np.flatnonzero(~chosen)), Chosen(made, np.flatnonzero(chosen)), number
+
+
+def _spans_of(weights: NDArray[np.float32]) -> NDArray[Any]:
+    """Runs of equal weight above 0."""
+    edges = np.flatnonzero(weights[1:] != weights[:-1]) + 1
+    begins = np.concatenate(([0], edges))
+    own = weights[begins]
+    kept = own != 0
+    spans = np.empty(int(kept.sum()), _SPAN)
+    spans["begin"], spans["end"], spans["weight"] = begins[kept], np.append(edges, len(weights))[kept], own[kept]
+    return spans
+
+
+def _parts(id: str) -> tuple[str, int, int]:
+    """(name, line, part) of an id such as train.jsonl:17#2."""
+    name, _, place = id.rpartition(":")
+    line, _, part = place.partition("#")
+    return name, int(line), int(part or 0)
+
+
+def _mapped(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
+    if path.stat().st_size == 0:  # an empty file can't be mapped
+        return np.empty(0, kind)
+    return np.memmap(path, kind, "r")
+
+
+def _hash(raw: bytes, least: int = 16) -> int:
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") if len(raw) > least else 0
+
+
+def _kept(path: Path) -> dict[str, int]:
+    found = path.stat()
+    return {"size": found.st_size, "time_ns": found.st_mtime_ns, "crc": _crc(path)}
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _digest(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _content_digest(files: Sequence[File]) -> str:
+    whole = hashlib.sha256()
+    for file in files:
+        if isinstance(file, DiskFile):
+            with file.path.open("rb") as raw:
+                while block := raw.read(2**20):
+                    whole.update(block)
+        else:
+            whole.update(json.dumps(file.fingerprint()).encode())
+        whole.update(b"\0")
+    return whole.hexdigest()
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    more = map(str, (getattr(tokenizer, "chat_template", None), tokenizer.bos_token_id, tokenizer.eos_token_id))
+    return _digest("\0".join((vocabulary, *more)).encode())
+
+
+def _code_digest() -> str:
+    """Of the code that makes examples: other code, other examples."""
+    from importlib.metadata import version
+
+    here = Path(__file__).parent
+    code = b"".join((here / name).read_bytes() for name in ("sources.py", "formats.py", "chat.py", "tokens.py", "render.py"))
+    return _digest(code + Path(__file__).read_bytes() + version("transformers").encode())
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Last of all. Its first line is the checksum of the others."""
+    text = json.dumps(manifest, ensure_ascii=False, indent=1)
+    aside = folder / "manifest.tmp"
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(f"{zlib.crc32(text.encode())}\n{text}")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(folder / "manifest")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    crc, _, text = (folder / "manifest").read_text(encoding="utf-8").partition("\n")
+    if zlib.crc32(text.encode()) != int(crc):
+        raise ValueError("damaged")
+    manifest: dict[str, Any] = json.loads(text)
+    return manifest
+
+
+def _forget_old(folder: Path) -> None:
+    made = [child for child in folder.iterdir() if (child / "manifest").exists() and not child.name.startswith(".")]
+    for old in sorted(made, key=lambda child: child.stat().st_mtime)[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _where(files: Sequence[File]) -> str:
+    return ", ".join(str(getattr(file, "path", file.name)) for file in files[:3])
+
+
+def iterate(examples: ExampleSet) -> Iterator[Example]:
+    return (examples[number] for number in range(len(examples)))

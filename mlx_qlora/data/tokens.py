@@ -1,0 +1,241 @@
+"""Pieces of text become tokens with weights, and it is verified where each answer begins.
+
+A text is encoded once. That its tokens up to an answer are those of the prompt alone is checked on every row, at the
+price of a few tokens: a special token is a border that the tokenizer never crosses, so only what stands between the
+last one and the answer (`<|im_start|>assistant\\n`) needs encoding again, and that is nearly always the same letters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_qlora.data.chat import Piece, Span, Specials, Tokenizer
+from mlx_qlora.data.formats import RowError
+
+_SHORT = 200  # characters before an answer that are worth remembering with their tokens
+_REMEMBERED = 10_000
+
+
+@dataclass
+class Encoded:
+    """Tokens, and the weight of each as a target."""
+
+    tokens: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    notes: list[str] = field(default_factory=list)
+
+
+class Encoder:
+    """Encodes pieces with a tokenizer, many at once where it is one of the fast ones."""
+
+    def __init__(self, tokenizer: Tokenizer, specials: Specials):
+        self._tokenizer = tokenizer
+        self._specials = specials
+        self._bos = tokenizer.bos_token_id
+        self._eos = tokenizer.eos_token_id
+        stops = getattr(tokenizer, "eos_token_ids", None)  # mlx-lm's has a set of them
+        self._stops = {self._eos, *(stops if isinstance(stops, set | list) else ())}
+        self._fast: Any = _fast_backend(tokenizer)
+        self._escaping: tuple[Any, dict[int, int]] | None = None
+        self._borders = _borders(tokenizer)
+        self._known: dict[str, list[int]] = {}
+
+    def submit(self, pieces: Sequence[Piece]) -> list[Any]:
+        """The bare tokenizer's work on many pieces. It leaves Python's lock, so it can run beside other work."""
+        if self._fast is None:
+            return [None] * len(pieces)
+        self._fast.encode_special_tokens = False  # whoever else used it may have left it otherwise
+        plain = [piece.text for piece in pieces if not piece.escaped]
+        done = iter(self._fast.encode_batch(plain, add_special_tokens=False))
+        return [None if piece.escaped else next(done) for piece in pieces]
+
+    def finish(self, piece: Piece, encoding: Any) -> list[Encoded]:
+        """One piece's examples; nearly always one. `encoding` is what `submit` gave for it."""
+        if piece.escaped:
+            return self._verified(piece, self._escaped(piece.text))
+        return self._verified(piece, _Places(encoding) if encoding is not None else self._slow(piece.text))
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text without anything added."""
+        if self._fast is not None:
+            return list(self._fast.encode(text, add_special_tokens=False).ids)
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _verified(self, piece: Piece, places: _Places | _SlowPlaces) -> list[Encoded]:
+        weights = np.zeros(len(places.ids), np.float32)
+        for span in piece.spans:
+            first, last = places.first(span.begin), places.after(span.end)
+            if span.exact:
+                if not self._is_border(piece, places, span.begin, first):
+                    return [self._apart(piece, each) for each in piece.spans]
+            else:
+                first = places.overlapping(span.begin)
+            weights[first:last] = span.weight
+        return [self._completed(piece, places.ids, weights)]
+
+    def _completed(self, piece: Piece, ids: list[int], weights: NDArray[np.float32]) -> Encoded:
+        notes = list(piece.notes)
+        before: list[int] = []
+        after: list[int] = []
+        if piece.bos and self._bos is not None and ids[:1] != [self._bos]:
+            before = [self._bos]
+        if piece.eos is not None and ids[-1:] != [self._eos]:
+            if self._eos is None:
+                raise RowError("the tokenizer has no end-of-text token, so an answer would have no end.")
+            after = [self._eos]
+        elif piece.spans and len(ids) and weights[-1] and ids[-1] not in self._stops:
+            notes.append(f"no_stop:{self._tokenizer.decode([ids[-1]])}")
+        if self._bos is not None and ids[:2] == [self._bos, self._bos]:  # a template and its text both began
+            ids, weights = ids[1:], weights[1:]
+        tokens = np.array([*before, *ids, *after], np.int32)
+        padded = np.concatenate([np.zeros(len(before), np.float32), weights, np.full(len(after), piece.eos or 0.0, np.float32)])
+        if len(padded):
+            padded[0] = 0.0  # nothing comes before the first token
+        return Encoded(tokens, padded, notes)
+
+    def _is_border(self, piece: Piece, places: _Places | _SlowPlaces, begin: int, first: int) -> bool:
+        """Whether the tokens before an answer are those of its prompt alone."""
+        if first and places.end(first - 1) > begin:
+            return False
+        if isinstance(places, _SlowPlaces):
+            return places.ids[:first] == self.encode(piece.text[:begin])
+        last = first - 1
+        while last >= 0 and places.ids[last] not in self._borders:
+            last -= 1
+        if last == first - 1 >= 0:
+            return True
+        between = piece.text[places.begin(last) if last >= 0 else 0 : begin]
+        tokens = self._known.get(between)
+        if tokens is None:
+            tokens = self._escaped(between).ids if piece.escaped else self.encode(between)
+            if len(between) <= _SHORT and len(self._known) < _REMEMBERED:
+                self._known[between] = tokens
+        return tokens == places.ids[max(last, 0) : first]
+
+    def _apart(self, piece: Piece, span: Span) -> Encoded:
+        """Prompt and answer encoded each for itself, as when the model is asked: their letters would grow together."""
+        if piece.escaped:
+            raise RowError("the tokenizer joins the letters of the prompt with those of the answer.")
+        prompt, answer = self.encode(piece.text[: span.begin]), self.encode(piece.text[span.begin : span.end])
+        if not _same_text(self._tokenizer, [*prompt, *answer], self.encode(piece.text[: span.end])):
+            raise RowError("the tokenizer joins the letters of the prompt with those of the answer.")
+        weights = np.zeros(len(prompt) + len(answer), np.float32)
+        weights[len(prompt) :] = span.weight
+        return self._completed(piece, [*prompt, *answer], weights)
+
+    # Texts that hold letters of special tokens
+
+    def _escaped(self, text: str) -> _Places:
+        if self._fast is None:
+            found = self._specials.pattern.search(self._specials.plain(text))
+            raise RowError(f"the letters of a special token ({found[0] if found else '?'}) stand in a text; take them out.")
+        if self._escaping is None:
+            self._escaping = self._with_private_names()
+        clone, ids = self._escaping
+        encoding = clone.encode(text, add_special_tokens=False)
+        return _Places(encoding, [ids.get(token, token) for token in encoding.ids])
+
+    def _with_private_names(self) -> tuple[Any, dict[int, int]]:
+        """The tokenizer with each special token under its private name, and how its ids become the real ones."""
+        import tokenizers
+
+        described = json.loads(self._fast.to_str())
+        renamed = {text: self._specials.private_name(text) for text in self._specials.strings}
+        for token in described["added_tokens"]:
+            token["content"] = renamed.get(token["content"], token["content"])
+        model = described["model"]
+        if isinstance(model.get("vocab"), dict):
+            model["vocab"] = {renamed.get(text, text): number for text, number in model["vocab"].items()}
+        elif isinstance(model.get("vocab"), list):
+            model["vocab"] = [[renamed.get(text, text), score] for text, score in model["vocab"]]
+        if model.get("unk_token") in renamed:
+            model["unk_token"] = renamed[model["unk_token"]]
+        described["post_processor"] = None  # it adds tokens, which nobody asks for here
+        clone = tokenizers.Tokenizer.from_str(json.dumps(described))
+        ids = {clone.token_to_id(new): self._fast.token_to_id(old) for old, new in renamed.items()}
+        return clone, {private: real for private, real in ids.items() if private is not None and private != real}
+
+    def _slow(self, text: str) -> _SlowPlaces:
+        return _SlowPlaces(text, list(self._tokenizer.encode(text, add_special_tokens=False)), self._tokenizer)
+
+
+class _Places:
+    """Which characters the tokens of an encoding cover."""
+
+    def __init__(self, encoding: Any, ids: list[int] | None = None):
+        self._encoding = encoding
+        self.ids: list[int] = encoding.ids if ids is None else ids
+        self._offsets: list[tuple[int, int]] | None = None
+
+    def begin(self, token: int) -> int:
+        return int(self._encoding.token_to_chars(token)[0])
+
+    def end(self, token: int) -> int:
+        return int(self._encoding.token_to_chars(token)[1])
+
+    def first(self, character: int) -> int:
+        """The first token that begins at a character or after it."""
+        found = self._encoding.char_to_token(character)
+        return int(found) if found is not None and self.begin(found) >= character else self._search(character, 0)
+
+    def after(self, character: int) -> int:
+        """One more than the last token that begins before a character."""
+        if not self.ids or character >= self.end(len(self.ids) - 1):
+            return len(self.ids)
+        return self.first(character)
+
+    def overlapping(self, character: int) -> int:
+        """The first token that ends after a character."""
+        return self._search(character + 1, 1) if character else 0
+
+    def _search(self, character: int, side: int) -> int:
+        if self._offsets is None:
+            self._offsets = self._encoding.offsets
+        return next((token for token, offset in enumerate(self._offsets) if offset[side] >= character), len(self._offsets))
+
+
+class _SlowPlaces:
+    """The same for a tokenizer that does not say where its tokens stand: by encoding beginnings of the text."""
+
+    def __init__(self, text: str, ids: list[int], tokenizer: Tokenizer):
+        self._text, self.ids, self._tokenizer = text, ids, tokenizer
+
+    def end(self, token: int) -> int:
+        return 0  # nothing is known; `_is_border` compares all tokens
+
+    def first(self, character: int) -> int:
+        return len(self._tokenizer.encode(self._text[:character], add_special_tokens=False)) if character else 0
+
+    def after(self, character: int) -> int:
+        return len(self.ids) if character >= len(self._text) else self.first(character)
+
+    def overlapping(self, character: int) -> int:
+        return self.first(character)
+
+
+def _fast_backend(tokenizer: Tokenizer) -> Any:
+    """The Rust tokenizer, if it alone decides what the tokens are."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    probe = "Um  dia,\n\n<s>2+2?</s> \tÉ 4 — <|im_start|>ok\n"
+    same = list(backend.encode(probe, add_special_tokens=False).ids) == list(tokenizer.encode(probe, add_special_tokens=False))
+    return backend if same else None
+
+
+def _borders(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids of tokens that split a text wherever they stand, whatever their neighbours are."""
+    found = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    return frozenset(
+        number for number, token in found.items() if token.special and not (token.single_word or token.lstrip or token.rstrip)
+    )
+
+
+def _same_text(tokenizer: Tokenizer, tokens: list[int], others: list[int]) -> bool:
+    return bool(tokenizer.decode(tokens) == tokenizer.decode(others))
