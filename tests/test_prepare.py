@@ -67,7 +67,7 @@ def test_examples_come_back_as_they_were_made(folder: Path) -> None:
     assert (cold.warm, warm.warm) == (False, True)
     assert same(fresh, cold)
     assert same(cold, warm)
-    made = [one for part in fresh.renderer.examples(_rows(folder), fresh.accounts["train"], _refusals()) for one in part]
+    made = list(fresh.renderer.examples(_rows(folder), fresh.accounts["train"], _refusals()))
     for one, other in zip(made, iterate(warm.sets["train"]), strict=True):
         assert (one.id, one.tokens.tolist(), one.weights.tolist()) == (other.id, other.tokens.tolist(), other.weights.tolist())
     assert [path.name.split("-")[0] for path in kept(folder)] == ["train", "valid"]

@@ -15,10 +15,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlx_qlora.assets import embedded_model
-from mlx_qlora.data.chat import TEMPLATES, TrainOn
+from mlx_qlora.data.chat import TrainOn
 from mlx_qlora.data.formats import RowError
 from mlx_qlora.data.render import Account, Refusals, RenderConfig, Renderer, question
 from mlx_qlora.data.sources import Row, SourceConfig
+from mlx_qlora.data.templates import TEMPLATES
 from mlx_qlora.model.load import load_tokenizer
 from mlx_qlora.records import Example
 
@@ -495,7 +496,7 @@ def test_what_truncation_costs_is_what_is_missing(lengths: list[int], limit: int
     row = chat(*("abcdefghi"[:length] for length in lengths[: len(lengths) // 2 * 2]))
     config = {"max_seq_length": limit, "truncation": policy}
     account, unlimited = Account(), renderer(tokenizer, max_seq_length=10_000)
-    made = [e for part in renderer(tokenizer, **config).examples([Row("x:1", row)], account, Refusals()) for e in part]
+    made = list(renderer(tokenizer, **config).examples([Row("x:1", row)], account, Refusals()))
     had = sum(np.count_nonzero(example.weights) for example in unlimited.render(Row("x:1", row)))
     left = sum(np.count_nonzero(example.weights) for example in made)
     assert account.long_supervised_lost == had - left
@@ -508,11 +509,11 @@ def test_what_truncation_costs_is_what_is_missing(lengths: list[int], limit: int
 def test_rows_without_a_target_are_counted_and_never_trained() -> None:
     rows = [Row(f"t:{n}", chat("Oi", "O gato mia.") | {"weight": weight}) for n, weight in enumerate((1, 0, 1))]
     account = Account()
-    made = [example.id for part in renderer().examples(rows, account, Refusals()) for example in part]
+    made = [example.id for example in renderer().examples(rows, account, Refusals())]
     assert (made, account.without_target, account.rows, account.examples) == (["t:0", "t:2"], 1, 3, 2)
     account = Account()
     few = renderer(min_supervised_tokens=50)
-    assert [e for part in few.examples(rows, account, Refusals()) for e in part] == []
+    assert list(few.examples(rows, account, Refusals())) == []
     assert account.below_minimum == 2
 
 
@@ -528,7 +529,26 @@ def test_accounts_add_up_and_travel_as_json() -> None:
     assert both.notes == {"escaped": 1}
 
 
-def test_the_embedded_tokenizer_is_read_by_its_fast_backend() -> None:
-    """Otherwise the tests above try the slow way only."""
-    assert renderer()._encoder._fast is not None
+def test_the_quick_ways_are_taken() -> None:
+    """Otherwise the tests above try the slow ones only: the Rust tokenizer, and the compiled template."""
+    made = renderer()
+    assert made._encoder._fast is not None
+    for number in range(20):
+        made.render(Row("x:1", chat("Que som faz o gato?", f"O gato mia {number}.", "E?", "Sim.", system="s")))
+    assert made._chat._template.is_quick
+    assert set(made._chat._steady.values()) == {3}, "earlier answers are no longer rendered for themselves"
+
+
+def test_the_quick_ways_are_left_where_they_give_something_else() -> None:
+    """A template that looks at a key which only the tokenizer's own way adds, and one that writes last answers otherwise."""
+    tokenizer = byte_tokenizer(CHATML, "<|im_start|>", "<|im_end|>", eos="<|im_end|>")
+    made = renderer(tokenizer)
+    made._chat._template._quick = lambda messages, ask: "something else"
+    assert trained(made, chat("ab", "cd")) == [["cd<|im_end|>"]]
+    assert not made._chat._template.is_quick
+    thinking = renderer(byte_tokenizer(THINKING, "<|im_start|>", "<|im_end|>", eos="<|im_end|>"))
+    for _ in range(6):
+        first, second = thinking.render(Row("x:1", chat("ab", "cd", "ef", "gh")))
+        assert [text for text, weight in runs(thinking, first) if weight] == ["<think>\n</think>\ncd<|im_end|>"]
+    assert max(thinking._chat._steady.values()) < 0
     assert (embedded_model() / "tokenizer.json").exists()

@@ -439,7 +439,7 @@ def test_no_row_makes_anything_but_an_example_or_the_users_error(value: dict[str
         config = RenderConfig(max_seq_length=24, truncation=policy)  # type: ignore[arg-type]
         _RENDERERS[policy] = Renderer(load_tokenizer("embedded"), config, SourceConfig())
     account, refusals = Account(), Refusals()
-    made = [one for part in _RENDERERS[policy].examples([Row("train.jsonl:1", value)], account, refusals) for one in part]
+    made = list(_RENDERERS[policy].examples([Row("train.jsonl:1", value)], account, refusals))
     assert account.rows == 1
     if refusals.count:
         assert not made

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_qlora.data.chat import Tokenizer
 from mlx_qlora.data.corpus import Corpus
 from mlx_qlora.data.order import shuffled
 from mlx_qlora.data.prepare import KeptSet
 from mlx_qlora.data.render import Account
+from mlx_qlora.data.templates import Tokenizer
 from mlx_qlora.records import Example
 
 _SHINGLE = 5  # tokens

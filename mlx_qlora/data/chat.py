@@ -14,13 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from mlx_qlora.data.formats import Marks, RowError, Talk, Turn, with_short_call_ids
-from mlx_qlora.errors import DataError
-
-Tokenizer = Any  # mlx-lm's TokenizerWrapper, or one of transformers
+from mlx_qlora.data.templates import Template, Tokenizer
 
 
 class TrainOn(str, Enum):
@@ -52,58 +49,6 @@ class Piece:
     eos: float | None = None  # the end-of-text token goes after, if the text does not have it, with this weight
     escaped: bool = False  # written with stand-ins for special tokens, see `Specials`
     notes: list[str] = field(default_factory=list)
-
-
-# Templates for base models that have none, by name.
-TEMPLATES = {
-    "plain": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-        "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n' }}"
-        "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}"
-        "{% if not loop.last %}{{ '\\n' }}{% endif %}"
-        "{% else %}{{ raise_exception('the template plain knows system, user and assistant, not ' + message['role']) }}"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-    ),
-    "alpaca": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-        "{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
-        "{% elif message['role'] == 'assistant' %}{{ '### Response:\\n' + message['content'] + eos_token }}"
-        "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}"
-        "{% else %}{{ raise_exception('the template alpaca knows system, user and assistant, not ' + message['role']) }}"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
-    ),
-    "chatml": (
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    ),
-}
-
-
-def choose_template(tokenizer: Tokenizer, name: str) -> str:
-    """Give the tokenizer the template that is asked for, or `plain` if it has none; says which it has now."""
-    if not name:
-        if has_template(tokenizer):
-            return "the model's own"
-        tokenizer.chat_template = TEMPLATES["plain"]
-        return "plain (the model has none)"
-    if name in TEMPLATES:
-        tokenizer.chat_template = TEMPLATES[name]
-        return name
-    path = Path(name).expanduser()
-    try:
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"chat_template: {name!r} came, {', '.join(TEMPLATES)} or a readable file with a Jinja template is expected."
-        ) from error
-    return name
-
-
-def has_template(tokenizer: Tokenizer) -> bool:
-    return bool(getattr(tokenizer, "has_chat_template", False) or getattr(tokenizer, "chat_template", None))
 
 
 class Specials:
@@ -144,6 +89,8 @@ class Specials:
         return re.sub("\ue000(\\d+)\ue001", lambda found: self.strings[int(found[1])], text)
 
 
+_STEADY = 3  # conversations of the same roles, after which an earlier answer is no longer rendered for itself
+_NEVER = -(10**9)
 _ENDS = re.compile("\ue000\\d+\ue001")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -155,6 +102,8 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.specials = Specials(tokenizer)
+        self._template = Template(tokenizer)
+        self._steady: dict[tuple[str, ...], int] = {}  # by roles: how often an earlier answer stood as it does at the end
         self._eos: str = getattr(tokenizer, "eos_token", None) or ""
         self._marks = isinstance(template := getattr(tokenizer, "chat_template", None), str) and bool(
             _GENERATION.search(template)
@@ -162,17 +111,7 @@ class ChatRenderer:
 
     def render(self, talk: Talk, *, ask: bool = False) -> str:
         """The text of a conversation; `ask` adds what leads the model to answer."""
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                [dict(turn.shown) for turn in talk.turns],
-                tools=list(talk.tools) if talk.tools else None,
-                tokenize=False,
-                add_generation_prompt=ask,
-            )
-        except Exception as error:  # a template raises whatever its author chose
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise RowError(f"the chat template refuses this conversation: {reason}") from error
-        return text
+        return self._template([turn.shown for turn in talk.turns], talk.tools, ask=ask)
 
     def pieces(self, talk: Talk) -> list[Piece]:
         notes: list[str] = []
@@ -202,8 +141,7 @@ class ChatRenderer:
 
     def _pieces(self, talk: Talk, notes: list[str]) -> list[Piece]:
         write: Callable[..., str] = self.render
-        given = [[turn.shown for turn in talk.turns], list(talk.tools or ())]
-        escaped = self.specials.pattern.search("\0".join(_texts(given))) is not None
+        escaped = self.specials.pattern.search("\0".join(_letters(talk))) is not None
         if escaped:
             hidden = partial(_changed, change=self.specials.hidden)
             turns = tuple(replace(turn, shown=hidden(turn.shown)) for turn in talk.turns)
@@ -222,19 +160,29 @@ class ChatRenderer:
         answers = [place for place, turn in enumerate(talk.turns) if turn.role == "assistant"]
         if self.train_on is TrainOn.LAST:
             answers = answers[-1:]
+        roles = tuple(turn.role for turn in talk.turns)
         for place in reversed(answers):
             turn = talk.turns[place]
             marks = turn.marks if turn.marks is not None else self.train_on is not TrainOn.MARKED
             weight = talk.weight * turn.weight
             if marks is False or not weight:
                 continue
-            done = whole if place == len(talk.turns) - 1 else write(replace(talk, turns=talk.turns[: place + 1]))
-            text, begin = self._after_prompt(talk, place, done, write)
+            prompt = write(Talk(talk.turns[:place], talk.tools), ask=True) if place else None
+            plain = pieces and prompt and marks is True and not escaped and not self._marks
+            earlier = self._stands_in(pieces[0].text, prompt or "", turn) if plain else None
+            if earlier and self._steady.get(roles, 0) >= _STEADY:
+                pieces[0].spans.insert(0, Span(*earlier, weight))
+                continue
+            done = whole if place == len(talk.turns) - 1 else write(Talk(talk.turns[: place + 1], talk.tools))
+            text, begin = self._after_prompt(talk, place, prompt, done, write)
             end, ended = self._end(text, begin, escaped)
             text = text[:end]
             spans = self._spans(talk, place, text, begin, marks, weight, escaped)
             eos = None if ended or not (marks is True or _reaches_end(marks, turn)) else weight
             home = next((piece for piece in pieces if ended and piece.text.startswith(text)), None)
+            if earlier:
+                agrees = home is pieces[0] and earlier == (begin, end)
+                self._steady[roles] = self._steady.get(roles, 0) + 1 if agrees else _NEVER
             if home is None:
                 home = Piece(text, [], eos=eos, escaped=escaped, notes=notes)
                 pieces.append(home)
@@ -243,11 +191,20 @@ class ChatRenderer:
             return [Piece(whole, [], escaped=escaped, notes=notes)]
         return pieces[::-1]
 
-    def _after_prompt(self, talk: Talk, place: int, done: str, write: Callable[..., str]) -> tuple[str, int]:
+    def _stands_in(self, text: str, prompt: str, turn: Turn) -> tuple[int, int] | None:
+        """Where an answer stands in a longer text letter by letter, right after its prompt, with an end after it."""
+        begin, content = len(prompt), turn.content
+        if not text.startswith(prompt) or not text.startswith(content, begin):
+            return None
+        closing = self.specials.pattern.match(text, begin + len(content))
+        return (begin, closing.end()) if closing else None
+
+    def _after_prompt(
+        self, talk: Talk, place: int, prompt: str | None, done: str, write: Callable[..., str]
+    ) -> tuple[str, int]:
         """(the prompt of an answer with the answer, where the answer begins)."""
-        if place == 0:
+        if prompt is None:
             return done, self._greeting(talk, done, write)
-        prompt = write(replace(talk, turns=talk.turns[:place]), ask=True)
         if done.startswith(prompt):
             return done, len(prompt)
         # Given, the answer stands after another text than the one it is asked for with. The end of that text, from the
@@ -347,6 +304,13 @@ def _last(pattern: re.Pattern[str], text: str, begin: int) -> re.Match[str] | No
 
 def _reaches_end(marks: Marks, turn: Turn) -> bool:
     return isinstance(marks, tuple) and any(end == len(turn.content) for _, end, _ in marks)
+
+
+def _letters(talk: Talk) -> list[str]:
+    """All that a conversation brings into its text."""
+    if talk.tools is None and all(len(turn.shown) == 2 for turn in talk.turns):
+        return [turn.shown["content"] for turn in talk.turns]
+    return _texts([[turn.shown for turn in talk.turns], list(talk.tools or ())])
 
 
 def _texts(value: Any) -> list[str]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_qlora.data.chat import Tokenizer
 from mlx_qlora.data.layout import BatchConfig, streamed_updates, updates
 from mlx_qlora.data.order import Order, shuffled, updates_in
 from mlx_qlora.data.prepare import Chosen, Joined, KeptSet, Preparation, Prepared, iterate, split_off
 from mlx_qlora.data.render import Account, Question, RenderConfig, Renderer, question
 from mlx_qlora.data.sources import SPLITS, File, Row, Source, SourceConfig, find, read
 from mlx_qlora.data.stream import stream
+from mlx_qlora.data.templates import Tokenizer
 from mlx_qlora.errors import DataError
 from mlx_qlora.records import START, Bookmark, Example, Update
 

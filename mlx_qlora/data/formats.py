@@ -80,8 +80,8 @@ def understand(row: Row, format: Format = "auto", fields: Mapping[str, str] | No
     """
     value = _renamed(row.value, fields or {})
     name = _recognise(value) if format == "auto" else format
-    weight = _weight(value.get("weight"), "weight")
-    return name, replace(_READERS[name](value), weight=weight)
+    meaning = _READERS[name](value)
+    return name, replace(meaning, weight=_weight(value["weight"], "weight")) if "weight" in value else meaning
 
 
 # name: (the keys by which it is known, an example)
@@ -170,7 +170,9 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Meaning]] = {
 
 
 def _talk(value: Mapping[str, Any], messages: list[Any], key: str, first: int = 0) -> Talk:
-    turns = tuple(_turn(message, f"{key}[{place}]") for place, message in enumerate(messages, start=first))
+    turns = tuple(
+        _plain_turn(message) or _turn(message, f"{key}[{place}]") for place, message in enumerate(messages, start=first)
+    )
     for place, (before, turn) in enumerate(pairwise(turns), start=first + 1):
         if before.role == turn.role == "assistant":
             raise RowError(
@@ -213,6 +215,15 @@ def _turn(message: Any, place: str) -> Turn:
     if role != "assistant" and marks:
         raise RowError(f"{place}.train: this is the {role}'s message; only what the assistant says can be trained.")
     return Turn(str(role), shown, _weight(message.get("weight"), f"{place}.weight"), marks)
+
+
+def _plain_turn(message: Any) -> Turn | None:
+    """A message with nothing but a role and an ordinary text, as nearly all of them are."""
+    if type(message) is dict and len(message) == 2:
+        role, content = message.get("role"), message.get("content")
+        if type(content) is str and (role == "user" or (role == "assistant" and content.strip())) and _is_sound(content):
+            return Turn(role, message)
+    return None
 
 
 def _from_sharegpt(message: dict[str, Any], place: str) -> dict[str, Any]:
@@ -264,6 +275,8 @@ def _tool_calls(calls: Any, place: str) -> list[dict[str, Any]]:
 
 def _with_call_ids(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     """Calls and results that have no ids get some, in their order; nine letters and digits, as Mistral wants them."""
+    if not any("tool_calls" in turn.shown or turn.role == "tool" for turn in turns):
+        return turns
     made: list[Turn] = []
     waiting: list[str] = []
     count = 0
@@ -333,12 +346,20 @@ def _text(value: Mapping[str, Any], key: str, *, place: str = "", empty: bool = 
 
 def _sound(text: str, place: str) -> str:
     """The text, once it is certain that it can be written as UTF-8."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RowError(f"{place}: half of a character (\\u{ord(text[error.start]):04x}) stands in this text.") from error
+    if not _is_sound(text):
+        half = next(letter for letter in text if "\ud800" <= letter <= "\udfff")
+        raise RowError(f"{place}: half of a character (\\u{ord(half):04x}) stands in this text.")
     return text
+
+
+def _is_sound(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _weight(value: Any, place: str) -> float:

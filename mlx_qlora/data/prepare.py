@@ -41,6 +41,7 @@ _INDEX = np.dtype(
 )  # fmt: skip
 _PACK = struct.Struct("<QQQQQIIIIII").pack
 _SPAN = np.dtype([("begin", "<u4"), ("end", "<u4"), ("weight", "<f4")])
+_PACK_SPAN = struct.Struct("<IIf").pack
 _FILES = ("tokens.bin", "spans.bin", "index.bin")
 MOST_SPLIT_OFF = 2000  # rows for validation, however many there are
 
@@ -337,25 +338,23 @@ class Preparation:
             folder / "index.bin"
         ).open("wb") as index:  # fmt: skip
             token_place = span_place = 0
-            for made in self.renderer.examples(read(files), account, refusals):
-                for example in made:
-                    raw = example.tokens.astype(token_type).tobytes()
-                    own = _spans_of(example.weights)
-                    packed = own.tobytes()
-                    name, line, part = _parts(example.id)
-                    begun = int(own["begin"][0])  # the first trained token
-                    tokens.write(raw)
-                    spans.write(packed)
-                    index.write(
-                        _PACK(
-                            token_place, span_place, line, _hash(raw, 0), _hash(raw[: begun * token_type.itemsize]),
-                            len(example.tokens), len(own), int(np.count_nonzero(example.weights)),
-                            zlib.crc32(packed, zlib.crc32(raw)), names.setdefault(name, len(names)), part,
-                        )
-                    )  # fmt: skip
-                    token_place += len(example.tokens)
-                    span_place += len(own)
-                self.progress(account.rows)
+            for id, made in self.renderer.encoded(read(files), account, refusals):
+                raw = made.tokens.astype(token_type).tobytes()
+                packed = b"".join(_PACK_SPAN(*span) for span in made.spans)
+                name, line, part = _parts(id)
+                begun = made.spans[0][0] * token_type.itemsize  # where training begins
+                index.write(
+                    _PACK(
+                        token_place, span_place, line, _hash(raw, 0), _hash(raw[:begun]), len(made.tokens), len(made.spans),
+                        made.supervised, zlib.crc32(packed, zlib.crc32(raw)), names.setdefault(name, len(names)), part,
+                    )
+                )  # fmt: skip
+                tokens.write(raw)
+                spans.write(packed)
+                token_place += len(made.tokens)
+                span_place += len(made.spans)
+                if account.examples % 256 == 0:
+                    self.progress(account.rows)
             for file in (tokens, spans, index):
                 file.flush()
                 os.fsync(file.fileno())
@@ -385,17 +384,6 @@ def split_off(made: Prepared, share: float, seed: int) -> tuple[Chosen, Chosen, 
     valid[shuffled(np.arange(number), count, (seed, 0x5917))] = True
     chosen = valid[rows]
     return Chosen(made, np.flatnonzero(~chosen)), Chosen(made, np.flatnonzero(chosen)), number
-
-
-def _spans_of(weights: NDArray[np.float32]) -> NDArray[Any]:
-    """Runs of equal weight above 0."""
-    edges = np.flatnonzero(weights[1:] != weights[:-1]) + 1
-    begins = np.concatenate(([0], edges))
-    own = weights[begins]
-    kept = own != 0
-    spans = np.empty(int(kept.sum()), _SPAN)
-    spans["begin"], spans["end"], spans["weight"] = begins[kept], np.append(edges, len(weights))[kept], own[kept]
-    return spans
 
 
 def _parts(id: str) -> tuple[str, int, int]:
@@ -457,8 +445,9 @@ def _code_digest() -> str:
     from importlib.metadata import version
 
     here = Path(__file__).parent
-    code = b"".join((here / name).read_bytes() for name in ("sources.py", "formats.py", "chat.py", "tokens.py", "render.py"))
-    return _digest(code + Path(__file__).read_bytes() + version("transformers").encode())
+    names = ("sources.py", "formats.py", "templates.py", "chat.py", "tokens.py", "render.py", "prepare.py")
+    code = b"".join((here / name).read_bytes() for name in names)
+    return _digest(code + version("transformers").encode())
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

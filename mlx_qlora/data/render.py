@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
 
-import numpy as np
-
-from mlx_qlora.data.chat import ChatRenderer, Piece, Span, Tokenizer, TrainOn, choose_template, has_template
+from mlx_qlora.data.chat import ChatRenderer, Piece, Span, TrainOn
 from mlx_qlora.data.formats import Marks, Meaning, Pair, Plain, RowError, Talk, Turn, understand
 from mlx_qlora.data.sources import BadRow, Row, SourceConfig
+from mlx_qlora.data.templates import Tokenizer, choose_template, has_template
 from mlx_qlora.data.tokens import Encoded, Encoder
 from mlx_qlora.errors import DataError, require
 from mlx_qlora.records import Example
@@ -69,11 +68,11 @@ class Account:
     notes: Counter[str] = field(default_factory=Counter)  # rows by what was special about them
     policies: dict[str, list[int]] = field(default_factory=dict)  # policy: [rows, supervised tokens] it would have cost
 
-    def count(self, example: Example) -> None:
-        length = len(example.tokens)
+    def count(self, made: Encoded) -> None:
+        length = len(made.tokens)
         self.examples += 1
         self.tokens += length
-        self.supervised_tokens += int(np.count_nonzero(example.weights))
+        self.supervised_tokens += made.supervised
         self.lengths[WIDTHS[bisect_left(WIDTHS, length)]] += 1
 
     def seen(self, length: int, id: str) -> None:
@@ -148,8 +147,12 @@ class Renderer:
         # Prompt and completion for a base model follow each other as they stand; for a chat model they are a chat.
         self._pairs_are_chats = self.had_template or bool(config.chat_template)
 
-    def examples(self, rows: Iterable[Row | BadRow], account: Account, refusals: Refusals) -> Iterator[list[Example]]:
-        """The examples of each row, in order. Reading and rendering go on while the tokenizer encodes the rows before."""
+    def examples(self, rows: Iterable[Row | BadRow], account: Account, refusals: Refusals) -> Iterator[Example]:
+        """The examples of rows, in their order."""
+        return (made.example(id) for id, made in self.encoded(rows, account, refusals))
+
+    def encoded(self, rows: Iterable[Row | BadRow], account: Account, refusals: Refusals) -> Iterator[tuple[str, Encoded]]:
+        """(id, tokens) of the examples. Reading and rendering go on while the tokenizer encodes the rows before."""
         rows = iter(rows)
         with ThreadPoolExecutor(1, "encode") as background:
             ahead: tuple[list[_Rendered], Future[list[list[Any]]]] | None = None
@@ -160,7 +163,7 @@ class Renderer:
                 if ahead is not None:
                     rendered, encodings = ahead
                     for one, own in zip(rendered, encodings.result(), strict=True):
-                        yield self._finish(one, own, account, refusals)
+                        yield from self._finish(one, own, account, refusals)
                 ahead = following
                 if ahead is None:
                     break
@@ -170,8 +173,8 @@ class Renderer:
         """The examples of one row; `RowError` if it can't be used."""
         name, meaning = understand(row, self._source.format, self._source.fields)
         pieces = self.pieces(meaning)
-        encoded = self._encode(pieces)
-        return self._fitted(_Rendered(row.id, name, meaning, pieces), encoded, Account())
+        fitted = self._fitted(_Rendered(row.id, name, meaning, pieces), self._encode(pieces), Account())
+        return [made.example(id) for id, made in fitted]
 
     def pieces(self, meaning: Meaning) -> list[Piece]:
         if isinstance(meaning, Talk):
@@ -223,7 +226,7 @@ class Renderer:
         encodings = self._encoder.submit(pieces)
         return [made for piece, own in zip(pieces, encodings, strict=True) for made in self._encoder.finish(piece, own)]
 
-    def _finish(self, one: _Rendered, encodings: list[Any], account: Account, refusals: Refusals) -> list[Example]:
+    def _finish(self, one: _Rendered, encodings: list[Any], account: Account, refusals: Refusals) -> list[tuple[str, Encoded]]:
         try:
             encoded = [
                 made for piece, own in zip(one.pieces, encodings, strict=True) for made in self._encoder.finish(piece, own)
@@ -237,38 +240,38 @@ class Renderer:
             account.notes[note] += 1
         if len(encoded) > 1:
             account.notes["own_examples"] += 1
-        for example in made:
-            account.count(example)
+        for _, each in made:
+            account.count(each)
         return made
 
-    def _fitted(self, one: _Rendered, encoded: list[Encoded], account: Account) -> list[Example]:
+    def _fitted(self, one: _Rendered, encoded: list[Encoded], account: Account) -> list[tuple[str, Encoded]]:
         """Within max_seq_length, and without those that train nothing."""
         limit = self.config.max_seq_length
         longest = max(len(each.tokens) for each in encoded)
         account.seen(longest, one.id)
-        had = sum(map(_supervised, encoded))
+        had = sum(each.supervised for each in encoded)
         if not had:
             account.without_target += 1
             return []
         if longest > limit:
             encoded = self._truncated(one, encoded, account)
-            left = sum(map(_supervised, encoded))
+            left = sum(each.supervised for each in encoded)
             account.long_rows += 1
             account.long_supervised_lost += had - left
             account.long_rows_lost += not left
-        enough = [each for each in encoded if _supervised(each) >= self.config.min_supervised_tokens]
-        account.below_minimum += sum(1 for each in encoded if 0 < _supervised(each) < self.config.min_supervised_tokens)
+        enough = [each for each in encoded if each.supervised >= self.config.min_supervised_tokens]
+        account.below_minimum += sum(1 for each in encoded if 0 < each.supervised < self.config.min_supervised_tokens)
         ids = [one.id] if len(enough) == 1 else [f"{one.id}#{number}" for number in range(1, len(enough) + 1)]
-        return [Example(id, each.tokens, each.weights) for id, each in zip(ids, enough, strict=True)]
+        return list(zip(ids, enough, strict=True))
 
     # Too long
 
     def _truncated(self, one: _Rendered, encoded: list[Encoded], account: Account) -> list[Encoded]:
         limit, policy = self.config.max_seq_length, self.config.truncation
         if policy == "error":
-            had = sum(map(_supervised, encoded))
+            had = sum(each.supervised for each in encoded)
             for name in ("drop", "keep_end", "keep_start"):
-                left = sum(_supervised(self._cut(each, name)) for each in encoded)
+                left = sum(self._cut(each, name).supervised for each in encoded)
                 cost = account.policies.setdefault(name, [0, 0])
                 cost[0] += not left
                 cost[1] += had - left
@@ -282,25 +285,23 @@ class Renderer:
         if len(each.tokens) <= limit:
             return each
         if policy == "drop":
-            return replace(each, tokens=each.tokens[:0], weights=each.weights[:0])
+            return each.cut(0, 0)
         if policy == "keep_start":
-            return replace(each, tokens=each.tokens[:limit], weights=each.weights[:limit])
-        begun = int(each.tokens[0] == self.tokenizer.bos_token_id)  # the beginning-of-text token stays
-        keep = np.r_[0:begun, len(each.tokens) - limit + begun : len(each.tokens)]
-        weights = each.weights[keep]
-        weights[0] = 0.0
-        return replace(each, tokens=each.tokens[keep], weights=weights)
+            return each.cut(0, limit)
+        begun = self._begins(each)
+        return each.cut(len(each.tokens) - limit + begun, len(each.tokens), before=begun)
+
+    def _begins(self, each: Encoded) -> int:
+        """1 if the example has a beginning-of-text token, which stays whatever is cut."""
+        return int(each.tokens[0] == self.tokenizer.bos_token_id)
 
     def _split(self, meaning: Meaning, limit: int) -> Iterator[Encoded]:
         """Parts that fit: a conversation at the user's turns, text anywhere. What fits no part comes too long."""
         if isinstance(meaning, Plain):
             (whole,) = self._encode(self.pieces(meaning))
-            begun = int(whole.tokens[0] == self.tokenizer.bos_token_id)
+            begun = self._begins(whole)
             for start in range(begun, len(whole.tokens), limit - begun):
-                keep = np.r_[0:begun, start : min(start + limit - begun, len(whole.tokens))]
-                weights = whole.weights[keep]
-                weights[0] = 0.0
-                yield replace(whole, tokens=whole.tokens[keep], weights=weights)
+                yield whole.cut(start, min(start + limit - begun, len(whole.tokens)), before=begun)
             return
         talk = as_talk(meaning) if isinstance(meaning, Pair) and self._pairs_are_chats else meaning
         if not isinstance(talk, Talk):
@@ -419,10 +420,6 @@ def too_long(account: Account, config: RenderConfig) -> str:
 
 def _rows(number: int) -> str:
     return "1 row" if number == 1 else f"{number:,} rows"
-
-
-def _supervised(each: Encoded) -> int:
-    return int(np.count_nonzero(each.weights))
 
 
 def _without_end(text: str, end: str | None) -> str:

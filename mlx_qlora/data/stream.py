@@ -29,7 +29,7 @@ def stream(
         rows = islice(_mixed(sources, source.data_weights), before, None)
         any_here = before > 0
         while window := list(islice(rows, source.shuffle_buffer)):
-            examples = [one for made in renderer.examples(window, account, refusals) for one in made]
+            examples = list(renderer.examples(window, account, refusals))
             if reason := refused(account, source):
                 raise DataError(reason)
             if account.long_rows and render.truncation == "error":

@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_qlora.data.chat import Piece, Span, Specials, Tokenizer
+from mlx_qlora.data.chat import Piece, Span, Specials
 from mlx_qlora.data.formats import RowError
+from mlx_qlora.data.templates import Tokenizer
+from mlx_qlora.records import Example
 
 _SHORT = 200  # characters before an answer that are worth remembering with their tokens
 _REMEMBERED = 10_000
@@ -24,11 +27,28 @@ _REMEMBERED = 10_000
 
 @dataclass
 class Encoded:
-    """Tokens, and the weight of each as a target."""
+    """Tokens, and the runs of them that are trained as (first, end, weight): in order, apart, none at token 0."""
 
     tokens: NDArray[np.int32]
-    weights: NDArray[np.float32]
+    spans: list[tuple[int, int, float]]
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def supervised(self) -> int:
+        return sum(end - first for first, end, _ in self.spans)
+
+    def cut(self, begin: int, end: int, before: int = 0) -> Encoded:
+        """The tokens from begin to end, after the first `before` ones."""
+        shift = before - begin
+        kept = ((max(a, begin) + shift, min(b, end) + shift, weight) for a, b, weight in self.spans)
+        spans = [(max(a, 1), b, weight) for a, b, weight in kept if max(a, 1) < b]
+        return Encoded(np.concatenate([self.tokens[:before], self.tokens[begin:end]]), spans, self.notes)
+
+    def example(self, id: str) -> Example:
+        weights = np.zeros(len(self.tokens), np.float32)
+        for first, end, weight in self.spans:
+            weights[first:end] = weight
+        return Example(id, self.tokens, weights)
 
 
 class Encoder:
@@ -68,7 +88,7 @@ class Encoder:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def _verified(self, piece: Piece, places: _Places | _SlowPlaces) -> list[Encoded]:
-        weights = np.zeros(len(places.ids), np.float32)
+        spans = []
         for span in piece.spans:
             first, last = places.first(span.begin), places.after(span.end)
             if span.exact:
@@ -76,28 +96,23 @@ class Encoder:
                     return [self._apart(piece, each) for each in piece.spans]
             else:
                 first = places.overlapping(span.begin)
-            weights[first:last] = span.weight
-        return [self._completed(piece, places.ids, weights)]
+            spans.append((first, last, span.weight))
+        return [self._completed(piece, places.ids, spans)]
 
-    def _completed(self, piece: Piece, ids: list[int], weights: NDArray[np.float32]) -> Encoded:
-        notes = list(piece.notes)
-        before: list[int] = []
-        after: list[int] = []
+    def _completed(self, piece: Piece, ids: list[int], spans: list[tuple[int, int, float]]) -> Encoded:
+        notes = piece.notes
+        if self._bos is not None and ids[:2] == [self._bos, self._bos]:  # a template and its text both began
+            ids, spans = ids[1:], [(first - 1, last - 1, weight) for first, last, weight in spans]
+        ends_in = ids[-1] if ids else None
         if piece.bos and self._bos is not None and ids[:1] != [self._bos]:
-            before = [self._bos]
-        if piece.eos is not None and ids[-1:] != [self._eos]:
+            ids, spans = [self._bos, *ids], [(first + 1, last + 1, weight) for first, last, weight in spans]
+        if piece.eos is not None and ends_in != self._eos:
             if self._eos is None:
                 raise RowError("the tokenizer has no end-of-text token, so an answer would have no end.")
-            after = [self._eos]
-        elif piece.spans and len(ids) and weights[-1] and ids[-1] not in self._stops:
-            notes.append(f"no_stop:{self._tokenizer.decode([ids[-1]])}")
-        if self._bos is not None and ids[:2] == [self._bos, self._bos]:  # a template and its text both began
-            ids, weights = ids[1:], weights[1:]
-        tokens = np.array([*before, *ids, *after], np.int32)
-        padded = np.concatenate([np.zeros(len(before), np.float32), weights, np.full(len(after), piece.eos or 0.0, np.float32)])
-        if len(padded):
-            padded[0] = 0.0  # nothing comes before the first token
-        return Encoded(tokens, padded, notes)
+            ids, spans = [*ids, self._eos], [*spans, (len(ids), len(ids) + 1, piece.eos)]
+        elif spans and spans[-1][1] == len(ids) and ends_in not in self._stops:
+            notes = [*notes, f"no_stop:{self._tokenizer.decode([ends_in])}"]
+        return Encoded(np.array(ids, np.int32), _in_order(spans), notes)
 
     def _is_border(self, piece: Piece, places: _Places | _SlowPlaces, begin: int, first: int) -> bool:
         """Whether the tokens before an answer are those of its prompt alone."""
@@ -125,9 +140,8 @@ class Encoder:
         prompt, answer = self.encode(piece.text[: span.begin]), self.encode(piece.text[span.begin : span.end])
         if not _same_text(self._tokenizer, [*prompt, *answer], self.encode(piece.text[: span.end])):
             raise RowError("the tokenizer joins the letters of the prompt with those of the answer.")
-        weights = np.zeros(len(prompt) + len(answer), np.float32)
-        weights[len(prompt) :] = span.weight
-        return self._completed(piece, [*prompt, *answer], weights)
+        ids = [*prompt, *answer]
+        return self._completed(piece, ids, [(len(prompt), len(ids), span.weight)])
 
     # Texts that hold letters of special tokens
 
@@ -217,6 +231,28 @@ class _SlowPlaces:
 
     def overlapping(self, character: int) -> int:
         return self.first(character)
+
+
+def _in_order(spans: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """Nothing of weight 0, nothing on token 0, neighbours of one weight joined; where two overlap the later counts."""
+    made: list[tuple[int, int, float]] = []
+    for first, last, weight in spans:
+        first = max(first, 1)  # nothing comes before the first token
+        if made and first < made[-1][1]:
+            return _untangled(spans)
+        if weight and first < last:
+            if made and made[-1][1] == first and made[-1][2] == weight:
+                first = made.pop()[0]
+            made.append((first, last, weight))
+    return made
+
+
+def _untangled(spans: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    weights = np.zeros(max(last for _, last, _ in spans) + 1)
+    for first, last, weight in spans:
+        weights[first:last] = weight
+    edges = [0, *(np.flatnonzero(np.diff(weights)) + 1).tolist()]
+    return _in_order([(a, b, float(weights[a])) for a, b in pairwise(edges)])
 
 
 def _fast_backend(tokenizer: Tokenizer) -> Any:

@@ -1,0 +1,132 @@
+"""Chat templates: which one a tokenizer has, named ones for those that have none, and rendering by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_qlora.data.formats import RowError
+from mlx_qlora.errors import DataError
+
+Tokenizer = Any  # mlx-lm's TokenizerWrapper, or one of transformers
+
+_COMPARED = 8  # renderings of the quick way that are held against the tokenizer's own before it is trusted
+
+# Templates for base models that have none, by name.
+TEMPLATES = {
+    "plain": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+        "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\\n' }}"
+        "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}"
+        "{% if not loop.last %}{{ '\\n' }}{% endif %}"
+        "{% else %}{{ raise_exception('the template plain knows system, user and assistant, not ' + message['role']) }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    ),
+    "alpaca": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+        "{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
+        "{% elif message['role'] == 'assistant' %}{{ '### Response:\\n' + message['content'] + eos_token }}"
+        "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}"
+        "{% else %}{{ raise_exception('the template alpaca knows system, user and assistant, not ' + message['role']) }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+    ),
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+}
+
+
+def choose_template(tokenizer: Tokenizer, name: str) -> str:
+    """Give the tokenizer the template that is asked for, or `plain` if it has none; says which it has now."""
+    if not name:
+        if has_template(tokenizer):
+            return "the model's own"
+        tokenizer.chat_template = TEMPLATES["plain"]
+        return "plain (the model has none)"
+    if name in TEMPLATES:
+        tokenizer.chat_template = TEMPLATES[name]
+        return name
+    path = Path(name).expanduser()
+    try:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"chat_template: {name!r} came, {', '.join(TEMPLATES)} or a readable file with a Jinja template is expected."
+        ) from error
+    return name
+
+
+def has_template(tokenizer: Tokenizer) -> bool:
+    return bool(getattr(tokenizer, "has_chat_template", False) or getattr(tokenizer, "chat_template", None))
+
+
+class Template:
+    """A tokenizer's chat template, rendered in transformers' sandbox.
+
+    `apply_chat_template` spends most of its time on copying messages and on keys that plain messages do not have. For
+    those the compiled template is called directly, once it has given the same text as the tokenizer a few times.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._quick = _compiled(tokenizer)
+        self._compared = 0
+
+    def __call__(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] | None, *, ask: bool) -> str:
+        """The text of a conversation; `ask` adds what leads the model to answer."""
+        if self._quick is None or tools or any(len(message) > 2 for message in messages):
+            return self._slow(messages, tools, ask)
+        try:
+            text = self._quick(messages, ask)
+        except Exception:  # the tokenizer's own way says better what is wrong
+            return self._slow(messages, tools, ask)
+        if self._compared < _COMPARED:
+            own = self._slow(messages, tools, ask)
+            self._compared += 1
+            if own != text:
+                self._quick = None
+            return own
+        return text
+
+    @property
+    def is_quick(self) -> bool:
+        return self._quick is not None
+
+    def _slow(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] | None, ask: bool) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=ask,
+            )
+        except Exception as error:  # a template raises whatever its author chose
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RowError(f"the chat template refuses this conversation: {reason}") from error
+        return text
+
+
+def _compiled(tokenizer: Tokenizer) -> Callable[[Sequence[Mapping[str, Any]], bool], str] | None:
+    """The template as transformers compiles it, if it lets us have it."""
+    try:
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        compiled = _compile_jinja_template(tokenizer.get_chat_template(None, None))
+        more = {**compiled.globals, **tokenizer.special_tokens_map}
+    except Exception:  # another transformers, no template, a template in Python: all of these have the slow way
+        return None
+    if hasattr(tokenizer, "has_thinking"):  # as mlx-lm's wrapper asks for it
+        more["enable_thinking"] = tokenizer.has_thinking
+    more |= {"tools": None, "documents": None}
+
+    def quick(messages: Sequence[Mapping[str, Any]], ask: bool) -> str:
+        # `render` would copy all globals into each context; here they are in it already.
+        context = compiled.new_context({**more, "messages": messages, "add_generation_prompt": ask}, shared=True)
+        return "".join(compiled.root_render_func(context))
+
+    return quick
