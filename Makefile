@@ -1,5 +1,6 @@
 # make demo    a whole run on the embedded model and data, from nothing
 # make test    the test suite, from nothing
+# make bench   the benchmarks, whose results are kept in benchmarks/results (about an hour)
 # make check   formatting, lint, types, then the tests: what CI runs
 
 PYTHON ?= python3
@@ -21,6 +22,10 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/frozen_matmul.py
+	$(BIN)/python benchmarks/prepare_million.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .

@@ -24,8 +24,8 @@ from mlx_qlora.data.sources import SourceConfig, find
 from mlx_qlora.engine.optim import OptimConfig, make_optimizer
 from mlx_qlora.engine.steps import Engine, steps
 from mlx_qlora.engine.stopping import EarlyStoppingMonitor
-from mlx_qlora.errors import ConfigError, MlxQloraError, NonFiniteError
-from mlx_qlora.look.console import Console
+from mlx_qlora.errors import ConfigError, NonFiniteError
+from mlx_qlora.look.console import Console, answered
 from mlx_qlora.look.evaluate import ask_both, mean_loss, score
 from mlx_qlora.look.gap import analyse
 from mlx_qlora.model import backend, lora
@@ -273,17 +273,11 @@ def _ask(ready: _Ready, console: Console) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Gives the exit code: 0 done, 2 wrong input, 3 stopped by a guard, 130 interrupted."""
-    try:
+
+    def trained() -> int:
         return 130 if run(parse(sys.argv[1:] if arguments is None else arguments)).interrupted else 0
-    except MlxQloraError as error:
-        print(f"mlx-qlora train: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:  # no space left, no permission: the message says which file
-        print(f"mlx-qlora train: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("mlx-qlora train: interrupted", file=sys.stderr)
-        return 130
+
+    return answered("train", trained)
 
 
 class _Callable(ModuleType):

@@ -91,10 +91,10 @@ def test_the_account_for_people_browsers_and_programs(data: Path, capsys: pytest
     page, machine = data / "page.html", data / "account.json"
     out = run(str(data), "--model", "embedded", "--html", str(page), "--json", str(machine), capsys=capsys)
     for piece in (
-        "training           5          5",
-        "1 the same example again (such as train.jsonl:3 and train.jsonl:1)",
-        "1 in training too (such as valid.jsonl:1 and train.jsonl:1)",
-        "letters    latin 100%",
+        "training          5         5",
+        "1 the same again (such as train.jsonl:3, train.jsonl:1)",
+        "1 in training too (such as valid.jsonl:1, train.jsonl:1)",
+        "letters     latin 100%",
         "train.jsonl:1\n<s><|user|>Que som faz o gato?</s><|assistant|>⟦O gato mia.</s>⟧",
     ):
         assert piece in out
@@ -114,7 +114,7 @@ def test_data_that_training_would_refuse(data: Path, capsys: pytest.CaptureFixtu
     out = run(str(data), "--model", "embedded", "--json", str(machine), code=2, capsys=capsys)
     assert "training would be refused:\ntrain.jsonl:6: text: 3 came" in out
     assert "refused   train.jsonl:6: text: 3 came" in out
-    assert "training           7          5" in out, "the account of the rest all the same"
+    assert "training          7         5" in out, "the account of the rest all the same"
     account = json.loads(machine.read_text(encoding="utf-8"))
     assert (account["train"]["malformed"], len(account["refusals"])) == (2, 1)
     run(str(data), "--model", "embedded", "--malformed", "skip", capsys=capsys)
@@ -137,7 +137,7 @@ def test_a_folder_with_only_a_tokenizer_serves(data: Path, tmp_path: Path, capsy
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).write_bytes((embedded_model() / name).read_bytes())
-    assert "chat template: the model's own" in run(str(data), "--model", str(folder), capsys=capsys)
+    assert "template    the model's own" in run(str(data), "--model", str(folder), capsys=capsys)
 
 
 def test_colour_only_on_a_terminal(data: Path) -> None:

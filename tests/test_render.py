@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlx_qlora.assets import embedded_model
@@ -277,6 +277,28 @@ def test_no_double_beginning() -> None:
     assert whole(made, example).count("<s>") == 1
     (text,) = renderer().render(Row("x:1", {"text": "<s>O gato mia.</s>"}))
     assert whole(renderer(), text) == "<s>O gato mia.</s>"
+
+
+def test_a_token_for_unknown_letters_is_no_border() -> None:
+    """A line break that the tokenizer does not know becomes its special <unk>, in the middle of a prompt."""
+    letters = list(map(chr, range(32, 127)))
+    backend = Tokenizer(models.BPE({**{letter: n for n, letter in enumerate(letters)}, "<unk>": 95}, [], unk_token="<unk>"))
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ("<unk>", "<s>", "</s>")])
+    backend.normalizer = normalizers.Prepend("_")
+    made = renderer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>"))
+    for content, escaped in (("ab", 0), ("a</s>b", 1)):
+        account = Account()
+        (example,) = made.examples([Row("x:1", chat(content, "cd"))], account, Refusals())
+        ids = example.tokens.tolist()
+        text = f"<s>User: {content}\nAssistant: cd</s>"
+        assert account.notes["escaped"] == escaped
+        assert ids.count(95) == 1
+        assert ids.count(97) == 1, "one end"
+        if not escaped:
+            assert ids == backend.encode(text).ids
+        assert "".join(backend.id_to_token(number) for number, weight in zip(ids, example.weights, strict=True) if weight) in (
+            " cd</s>", "_ cd</s>",
+        )  # fmt: skip
 
 
 # Rows that are no chats, and models without a template
@@ -548,7 +570,7 @@ def test_the_quick_ways_are_left_where_they_give_something_else() -> None:
     assert not made._chat._template.is_quick
     thinking = renderer(byte_tokenizer(THINKING, "<|im_start|>", "<|im_end|>", eos="<|im_end|>"))
     for _ in range(6):
-        first, second = thinking.render(Row("x:1", chat("ab", "cd", "ef", "gh")))
+        first, _ = thinking.render(Row("x:1", chat("ab", "cd", "ef", "gh")))
         assert [text for text, weight in runs(thinking, first) if weight] == ["<think>\n</think>\ncd<|im_end|>"]
     assert max(thinking._chat._steady.values()) < 0
     assert (embedded_model() / "tokenizer.json").exists()

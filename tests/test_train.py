@@ -95,7 +95,7 @@ def test_a_run_leaves_what_the_readme_says(config: RunConfig, capsys: pytest.Cap
     assert set(answers[0]) == {"id", "question", "expected", "base", "tuned"}
 
     printed = capsys.readouterr().out
-    for piece in ("embedded (mistral, 4-bit)", "training          22", "6 updates of 8 examples", "best so far", "token F1"):
+    for piece in ("embedded (mistral, 4-bit)", "training         22", "6 updates of 8 examples", "best so far", "token F1"):
         assert piece in printed
 
 
@@ -284,7 +284,7 @@ def test_a_stream_and_a_template_of_its_own_train(config: RunConfig, capsys: pyt
     result = train(replace(config, **settings, max_answer_tokens=2))  # type: ignore[arg-type]
     out = capsys.readouterr().out
     assert "2 updates of 8 examples, from a stream" in out
-    assert "chat template: chatml" in out
+    assert "template    chatml" in out
     assert result.summary["steps"] == 2
     template = (Path(config.output_dir) / "chat_template.jinja").read_text()
     assert "<|im_start|>" in template

@@ -30,7 +30,7 @@ def test_the_demo_runs_from_the_wheel_alone_in_any_folder(tmp_path: Path) -> Non
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "training         848" in done.stdout
+    assert "training        848" in done.stdout
     assert "--model site/mlx_qlora/assets/mistral" in done.stdout, "the model of the wheel, not of the checkout"
     assert (tmp_path / "runs" / "demo" / "adapters" / "adapters.safetensors").exists()
 

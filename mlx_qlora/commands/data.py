@@ -15,9 +15,9 @@ from mlx_qlora.data.audit import audit
 from mlx_qlora.data.corpus import gather
 from mlx_qlora.data.render import RenderConfig
 from mlx_qlora.data.sources import SourceConfig
-from mlx_qlora.errors import ConfigError, MlxQloraError
+from mlx_qlora.errors import ConfigError
 from mlx_qlora.look.account import page, shown
-from mlx_qlora.look.console import Console
+from mlx_qlora.look.console import Console, answered
 from mlx_qlora.model.load import load_tokenizer
 from mlx_qlora.run.folder import write_atomically, write_json
 
@@ -26,8 +26,9 @@ from mlx_qlora.run.folder import write_atomically, write_json
 class _Arguments(RenderConfig, SourceConfig):
     """Audit a data set: what will be trained, what is lost, what comes twice. Nothing is trained."""
 
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """What --data would name: a folder, files, hub:owner/name, embedded."""
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")] = ()
+    """What `train --data` would name: a folder, files, hub:owner/name, embedded."""
+    data: Annotated[str | tuple[str, ...], tyro.conf.Suppress] = ()
     model: str = ""
     """The model whose tokenizer and chat template count; a folder with only a tokenizer serves. Or: embedded."""
     seed: int = 0
@@ -45,17 +46,10 @@ class _Arguments(RenderConfig, SourceConfig):
 
 
 def main(arguments: Sequence[str]) -> int:
-    try:
+    def audited() -> int:
         return _run(tyro.cli(_Arguments, prog="mlx-qlora data", args=arguments, config=(tyro.conf.EnumChoicesFromValues,)))
-    except MlxQloraError as error:
-        print(f"mlx-qlora data: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"mlx-qlora data: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("mlx-qlora data: interrupted", file=sys.stderr)
-        return 130
+
+    return answered("data", audited)
 
 
 def _run(given: _Arguments) -> int:
@@ -70,10 +64,14 @@ def _run(given: _Arguments) -> int:
     corpus = gather(source, render, load_tokenizer(given.model), given.seed, console.preparing, strict=False)
     console.end_bar()
     found = audit(corpus, show=max(given.show, 10 if given.html else 0))
+    if given.html:
+        write_atomically(Path(given.html), page(found, f"What is trained: {', '.join(source.sources)}"))
+    if given.json:
+        write_json(Path(given.json), found.to_json())
     console.account(found)
     longest = found.accounts["train"].longest if "train" in found.accounts else []
     if longest:
-        console.fact("longest", ", ".join(f"{id} ({tokens:,})" for tokens, id in sorted(longest, reverse=True)))
+        console.fact("longest", ", ".join(f"{id} ({tokens:,})" for tokens, id in sorted(longest, reverse=True)[:3]))
     refused = [line for account in found.accounts.values() for line in account.refused]
     if refused:
         console.fact("refused", *refused)
@@ -84,12 +82,9 @@ def _run(given: _Arguments) -> int:
         for sight in found.sights[: given.show]:
             console.say(f"\n{shown(sight, colour, before)}")
             before = sight
-    if given.html:
-        write_atomically(Path(given.html), page(found, f"What is trained: {', '.join(source.sources)}"))
-        console.say(f"\npage      {given.html}")
-    if given.json:
-        write_json(Path(given.json), found.to_json())
-        console.say(f"\njson      {given.json}")
+    for name, path in (("page", given.html), ("json", given.json)):
+        if path:
+            console.fact(name, path)
     if found.refusals:
         print("\nmlx-qlora data: training would be refused:\n" + "\n".join(found.refusals), file=sys.stderr)
         return 2

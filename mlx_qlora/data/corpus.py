@@ -124,13 +124,14 @@ def gather(
             if strict:
                 raise
             refusals += [] if refusals else [str(error)]
-            parts, said = [], "nothing"
+            parts, said = [], "none could be split off"
         else:
             sets["train"], sets["valid"] = _one([train for train, _, _ in parts]), _one([valid for _, valid, _ in parts])
             sizes = tuple(len(train) for train, _, _ in parts)
             ids = (sets["valid"].id(number) for number in range(len(sets["valid"])))
             chosen = frozenset(id.partition("#")[0] for id in ids)
-            said = f"{sum(rows for _, _, rows in parts):,} rows split off from training (seed {seed}): there is no valid.jsonl"
+            count = sum(rows for _, _, rows in parts)
+            said = f"{count:,} row{'s' * (count > 1)} split off from training (seed {seed}): there is no valid.jsonl"
     return Corpus(
         config=config,
         render=render,

@@ -406,7 +406,7 @@ def too_long(account: Account, config: RenderConfig) -> str:
         f"{account.long_rows:,} of {account.rows:,} rows {'is' if account.long_rows == 1 else 'are'} longer than "
         f"max_seq_length {config.max_seq_length:,}; the longest, {id}, has {length:,} tokens. "
         "Nothing is cut unless you say how:",
-        f"  --max-seq-length {length:<8} nothing is lost",
+        f"  --max-seq-length {length:<7} nothing is lost",
     ]
     for name, what in (
         ("drop", "leaves these rows out"), ("keep_end", "cuts their start"), ("keep_start", "cuts their end"),

@@ -48,14 +48,14 @@ class SourceConfig:
     """Where the examples come from."""
 
     data: str | tuple[str, ...] = ()
-    """A folder with train.jsonl and, if you have them, valid.jsonl and test.jsonl; a file (.jsonl, .json, .csv,
-    .parquet; .gz too) or a pattern such as "chats/*.jsonl"; hub:owner/name; embedded; or several of these."""
+    """A folder with train and, if you have them, valid and test files; a file (.jsonl, .json, .csv, .tsv, .parquet, .gz) or a
+    pattern; hub:owner/name or hub:owner/name@split; embedded; or several of these."""
     data_weights: tuple[float, ...] = ()
     """With several sources: the share of each in an epoch, such as 3 1. Without it each example comes once."""
     format: Literal["auto", "messages", "sharegpt", "prompt", "alpaca", "question", "text"] = "auto"
     """What the rows are; auto tells it from their keys, row by row."""
     fields: dict[str, str] = field(default_factory=dict)
-    """Columns under other names, such as prompt=input completion=target."""
+    """Columns under other names, in pairs: prompt input completion target, if the columns are input and target."""
     malformed: Literal["raise", "skip"] = "raise"
     """What a row does that can't be used: end the run with a list of them, or be left out and counted."""
     malformed_limit: int = 100

@@ -128,20 +128,28 @@ class Encoder:
         between = piece.text[places.begin(last) if last >= 0 else 0 : begin]
         tokens = self._known.get(between)
         if tokens is None:
-            tokens = self._escaped(between).ids if piece.escaped else self.encode(between)
+            tokens = self._encoded(between, piece.escaped)
             if len(between) <= _SHORT and len(self._known) < _REMEMBERED:
                 self._known[between] = tokens
         return tokens == places.ids[max(last, 0) : first]
 
     def _apart(self, piece: Piece, span: Span) -> Encoded:
         """Prompt and answer encoded each for itself, as when the model is asked: their letters would grow together."""
-        if piece.escaped:
-            raise RowError("the tokenizer joins the letters of the prompt with those of the answer.")
-        prompt, answer = self.encode(piece.text[: span.begin]), self.encode(piece.text[span.begin : span.end])
-        if not _same_text(self._tokenizer, [*prompt, *answer], self.encode(piece.text[: span.end])):
-            raise RowError("the tokenizer joins the letters of the prompt with those of the answer.")
+        prompt = self._ids(piece, 0, span.begin)
+        answer = self._ids(piece, span.begin, span.end)
+        if not _same_text(self._tokenizer, [*prompt, *answer], self._ids(piece, 0, span.end)):
+            raise RowError(
+                "the tokenizer joins the letters of the prompt with those of the answer; "
+                "end the prompt with a line break, or begin the answer with a space."
+            )
         ids = [*prompt, *answer]
         return self._completed(piece, ids, [(len(prompt), len(ids), span.weight)])
+
+    def _ids(self, piece: Piece, begin: int, end: int) -> list[int]:
+        return self._encoded(piece.text[begin:end], piece.escaped)
+
+    def _encoded(self, text: str, escaped: bool) -> list[int]:
+        return self._escaped(text).ids if escaped else self.encode(text)
 
     # Texts that hold letters of special tokens
 
@@ -269,7 +277,11 @@ def _borders(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids of tokens that split a text wherever they stand, whatever their neighbours are."""
     found = getattr(tokenizer, "added_tokens_decoder", None) or {}
     return frozenset(
-        number for number, token in found.items() if token.special and not (token.single_word or token.lstrip or token.rstrip)
+        number
+        for number, token in found.items()
+        if token.special
+        and not (token.single_word or token.lstrip or token.rstrip)
+        and number != tokenizer.unk_token_id  # stands for letters, too
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Iterator
 
 from mlx_qlora.data.audit import Audit, Leak, Likeness, Sight
@@ -10,13 +11,13 @@ from mlx_qlora.data.render import WIDTHS, Account
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _NAMES = {"train": "training", "valid": "validation", "test": "test"}
-# What was special about rows: one, many, and what it means.
+# What was special about rows.
 _NOTES = {
-    "escaped": "hold the letters of special tokens, read as letters here; if they are rendered already, give them as text",
-    "obeyed": "of plain text hold special tokens, which are obeyed there",
-    "ended_already": "bring their own end-of-text, which is not trained twice",
-    "own_examples": "become several examples, because the chat template writes earlier turns in another way later",
-    "renamed_calls": "have ids of tool calls that the chat template refuses; they got others",
+    "escaped": "with letters of special tokens, read as letters; what is rendered already should be given as text",
+    "obeyed": "of plain text with special tokens, which are obeyed there",
+    "ended_already": "with an end-of-text of their own, which is not trained twice",
+    "own_examples": "in several examples, because the chat template writes earlier turns in another way later",
+    "renamed_calls": "with ids of tool calls that the chat template refuses; they got others",
 }
 
 Fact = tuple[str, list[str]]
@@ -24,18 +25,37 @@ Fact = tuple[str, list[str]]
 
 def facts(audit: Audit) -> Iterator[Fact]:
     """(name, lines) of everything there is to say; the header of a run and the audit say the same."""
-    yield "data", _table(audit)
-    yield "", [f"chat template: {audit.template}; trained: {_TRAINED[audit.train_on]}; validation: {audit.validation}"]
+    yield "data", [*_table(audit), *(f"{name:<11} {text}" for name, text in _known(audit))]
+    if notes := list(_all_notes(audit)):
+        yield "notes", notes
+
+
+def _known(audit: Audit) -> Iterator[tuple[str, str]]:
+    """(what, what is known of it)."""
+    yield "template", audit.template
+    yield "trained", _TRAINED[audit.train_on]
     for name, (share, passes) in audit.shares.items():
-        yield "", [f"{name}: {share:.1%} of an epoch, each of its examples {passes:.2f} times"]
+        yield "source", f"{name}: {share:.1%} of an epoch, each of its examples {passes:.2f} times"
     account = audit.accounts.get("train")
     if account is not None and account.lengths:
-        yield "", [_histogram(account)]
+        yield "lengths", _histogram(account)
+    among = "" if audit.looked_at >= audit.examples.get("train", 0) else f" (of {audit.looked_at:,} looked at)"
     if audit.looked_at:
-        yield "", _likeness(audit)
-    notes = [line for split, own in audit.accounts.items() for line in _notes(own, _NAMES[split], audit)]
-    if notes:
-        yield "notes", notes
+        share = audit.common_prefix_share
+        yield "beginnings", f"{share:.1%} of the tokens stand in beginnings in common{among}"
+        again = _counted((audit.duplicates, "the same again"), (audit.near_duplicates, f"nearly the same{among}"))
+        yield "repeats", again or f"none, and nothing nearly the same{among}"
+    leaks = {leak.split: _leaked(leak) for leak in audit.leaks}
+    yield "validation", "; ".join(filter(None, (audit.validation, leaks.get("valid"))))
+    if "test" in leaks:
+        yield "test", leaks["test"]
+    if audit.scripts:
+        yield "letters", ", ".join(f"{name} {share:.0%}" for name, share in audit.scripts.items() if share >= 0.005)
+
+
+def _all_notes(audit: Audit) -> Iterator[str]:
+    for split, own in audit.accounts.items():
+        yield from _notes(own, _NAMES[split], audit)
 
 
 _TRAINED = {
@@ -47,28 +67,38 @@ _TRAINED = {
 
 
 def _table(audit: Audit) -> list[str]:
-    lines = [f"{'':<11}{'rows':>9}{'examples':>11}{'tokens':>14}{'trained':>13}{'':>8}{'longest':>9}"]
+    forms = {name: number for own in audit.accounts.values() for name, number in own.formats.items() if number > 0}
+    only = next(iter(forms)) if len(forms) == 1 else ""
+    lines = [f"{only:<11}{'rows':>8}{'examples':>10}{'tokens':>13}{'trained':>12}{'':>7}{'longest':>8}"]
     for split, own in audit.accounts.items():
-        share = f"{own.supervised_tokens / own.tokens:.1%}" if own.tokens else ""
-        longest = max(own.longest)[0] if own.longest else 0
         lines.append(
-            f"{_NAMES[split]:<11}{own.rows:>9,}{own.examples:>11,}{own.tokens:>14,}{own.supervised_tokens:>13,}"
-            f"{share:>8}{longest:>9,}"
+            f"{_NAMES[split]:<11}{own.rows:>8,}{own.examples:>10,}{own.tokens:>13,}{own.supervised_tokens:>12,}"
+            f"{_share(own):>7}{_longest(own):>8,}"
         )
-    formats = {name: number for own in audit.accounts.values() for name, number in (own.formats + type(own.formats)()).items()}
-    if len(formats) > 1:
-        train = audit.accounts.get("train", Account()).formats
-        lines.append("rows of the forms " + ", ".join(f"{name} ({train[name]:,})" for name in formats))
-    elif formats:
-        lines[0] = f"{f'{next(iter(formats))}':<11}" + lines[0][11:]
+    if len(forms) > 1:
+        lines.append(f"{'forms':<11} {_forms(audit)}")
     return lines
+
+
+def _share(account: Account) -> str:
+    return f"{account.supervised_tokens / account.tokens:.1%}" if account.tokens else ""
+
+
+def _longest(account: Account) -> int:
+    return max(account.longest)[0] if account.longest else 0
+
+
+def _forms(audit: Audit) -> str:
+    """What the rows are, most of them first."""
+    whole = sum((own.formats for own in audit.accounts.values()), Counter[str]())
+    return ", ".join(f"{name} ({number:,} rows)" for name, number in whole.most_common() if number > 0)
 
 
 def _histogram(account: Account) -> str:
     bins = [width for width in WIDTHS if min(account.lengths) <= width <= max(account.lengths)]
     most = max(account.lengths.values())
     bars = "".join(_BARS[max(1, round(8 * account.lengths[width] / most)) if account.lengths[width] else 0] for width in bins)
-    return f"lengths    {_from(bins[0]):,} |{bars}| {bins[-1]:,} tokens, a bar for each step of 19 %"
+    return f"{_from(bins[0]):,} |{bars}| {bins[-1]:,} tokens, a bar for each step of 19 %"
 
 
 def _from(width: int) -> int:
@@ -77,61 +107,50 @@ def _from(width: int) -> int:
     return WIDTHS[place - 1] + 1 if place else 1
 
 
-def _likeness(audit: Audit) -> list[str]:
-    whole = audit.examples.get("train", 0)
-    among = "" if audit.looked_at >= whole else f" (of {audit.looked_at:,} looked at)"
-    lines = [
-        f"beginnings {audit.common_prefix_share:.1%} of the tokens stand in a beginning that another example has too{among}",
-        f"twice      {_counted(audit.duplicates, 'the same example again')}; "
-        f"{_counted(audit.near_duplicates, 'nearly the same')}{among}",
-    ]
-    lines += [_leaked(leak) for leak in audit.leaks]
-    if audit.scripts:
-        lines.append(
-            "letters    " + ", ".join(f"{name} {share:.0%}" for name, share in audit.scripts.items() if share >= 0.005)
-        )
-    return lines
-
-
 def _leaked(leak: Leak) -> str:
-    found = [
-        _counted(leak.same, "in training too"),
-        _counted(leak.same_prompt, "with a prompt of training and another answer"),
-        _counted(leak.near, "nearly in training"),
-    ]
-    return f"{_NAMES[leak.split]:<10} " + "; ".join(found)
+    found = _counted(
+        (leak.same, "in training too"),
+        (leak.same_prompt, "with a prompt of training and another answer"),
+        (leak.near, "nearly as in training"),
+    )
+    return found or "nothing of it is in training"
 
 
-def _counted(likeness: Likeness, what: str) -> str:
-    if not likeness.count:
-        return f"0 {what}"
-    a, b = likeness.pairs[0]
-    return f"{likeness.count:,} {what} (such as {b} and {a})"
+def _counted(*found: tuple[Likeness, str]) -> str:
+    """The kinds of which there are any, with a pair for each."""
+    return "; ".join(
+        f"{likeness.count:,} {what} (such as {likeness.pairs[0][1]}, {likeness.pairs[0][0]})"
+        for likeness, what in found
+        if likeness.count
+    )
 
 
 def _notes(account: Account, name: str, audit: Audit) -> Iterator[str]:
+    def many(number: int, what: str = "row") -> str:
+        return f"{number:,} {name} {what}{'' if number == 1 else 's'}"
+
     if account.long_rows:
         what = {
-            "error": "end the run", "drop": "are left out", "keep_end": "lose their start", "keep_start": "lose their end",
-            "split": "are split at turn borders",
+            "error": "ending the run", "drop": "left out", "keep_end": "cut at the start", "keep_start": "cut at the end",
+            "split": "split at turn borders",
         }[audit.truncation]  # fmt: skip
-        gone = f", {account.long_rows_lost:,} rows entirely" if account.long_rows_lost else ""
+        gone = f", {many(account.long_rows_lost)} entirely" if account.long_rows_lost else ""
         yield (
-            f"{account.long_rows:,} {name} rows are longer than max_seq_length {audit.max_seq_length:,} and {what}: "
+            f"{many(account.long_rows)} longer than max_seq_length {audit.max_seq_length:,}, {what}: "
             f"{account.long_supervised_lost:,} trained tokens lost{gone}"
         )
     if account.without_target:
-        yield f"{account.without_target:,} {name} rows have nothing to train and are left out"
+        yield f"{many(account.without_target)} with nothing to train, left out"
     if account.below_minimum:
-        yield f"{account.below_minimum:,} {name} examples have fewer trained tokens than min_supervised_tokens and are left out"
+        yield f"{many(account.below_minimum, 'example')} with too few trained tokens (min_supervised_tokens), left out"
     if account.malformed:
-        yield f"{account.malformed:,} {name} rows can't be used: {account.refused[0]}"
+        yield f"{many(account.malformed)} that can't be used, such as {account.refused[0]}"
     for note, number in account.notes.items():
         kind, _, detail = note.partition(":")
         if kind == "no_stop":
-            yield f"{number:,} {name} rows end their turns in {detail!r}, which does not stop this model when it writes"
+            yield f"{many(number)} whose turns end in {detail!r}, which does not stop this model when it writes"
         else:
-            yield f"{number:,} {name} rows {_NOTES[kind]}"
+            yield f"{many(number)} {_NOTES[kind]}"
 
 
 # Examples
@@ -192,20 +211,12 @@ def page(audit: Audit, title: str) -> str:
         body += [f'<p class="bad">{html.escape(reason)}</p>' for reason in audit.refusals]
     else:
         body.append("<p>Training would take this data as it is.</p>")
-    trained = html.escape(_TRAINED[audit.train_on])
-    body.append(
-        f"<p>Chat template: {html.escape(audit.template)}. Trained: {trained}. Validation: {html.escape(audit.validation)}.</p>"
-    )
-    body.append(
-        '<div class="scroll"><table><tr><th></th><th>rows</th><th>examples</th><th>tokens</th><th>trained</th><th></th>'
-    )
-    body.append("<th>longest</th></tr>")
+    head = "<tr><th></th><th>rows</th><th>examples</th><th>tokens</th><th>trained</th><th>share</th><th>longest</th></tr>"
+    body.append(f'<div class="scroll"><table>{head}')
     for split, own in audit.accounts.items():
-        share = f"{own.supervised_tokens / own.tokens:.1%}" if own.tokens else ""
-        cells = [own.rows, own.examples, own.tokens, own.supervised_tokens]
-        numbers = "".join(f"<td>{number:,}</td>" for number in cells)
-        longest = max(own.longest)[0] if own.longest else 0
-        body.append(f"<tr><td>{_NAMES[split]}</td>{numbers}<td>{share}</td><td>{longest:,}</td></tr>")
+        numbers = (f"{number:,}" for number in (own.rows, own.examples, own.tokens, own.supervised_tokens))
+        cells = "".join(f"<td>{cell}</td>" for cell in (_NAMES[split], *numbers, _share(own), f"{_longest(own):,}"))
+        body.append(f"<tr>{cells}</tr>")
     body.append("</table></div>")
     account = audit.accounts.get("train")
     if account is not None and account.lengths:
@@ -221,9 +232,11 @@ def page(audit: Audit, title: str) -> str:
         body.append("<h2>The longest</h2><ul>")
         body += [f"<li>{html.escape(id)}: {tokens:,} tokens</li>" for tokens, id in sorted(account.longest, reverse=True)]
         body.append("</ul>")
-    lines = [*_likeness(audit)] if audit.looked_at else []
-    lines += [line for split, own in audit.accounts.items() for line in _notes(own, _NAMES[split], audit)]
-    body.append("<h2>To know</h2><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>")
+    body.append("<h2>To know</h2><ul>")
+    known = [("form", _forms(audit)), *(pair for pair in _known(audit) if pair[0] != "lengths")]
+    known += [("note", note) for note in _all_notes(audit)]
+    body += [f"<li><b>{name}</b> {html.escape(text)}</li>" for name, text in known]
+    body.append("</ul>")
     refused = [line for own in audit.accounts.values() for line in own.refused]
     if refused:
         body.append("<h2>Rows that can't be used</h2><ul>")

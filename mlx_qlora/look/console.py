@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_qlora.assets import EMBEDDED, embedded_model
 from mlx_qlora.data.audit import Audit
 from mlx_qlora.engine.optim import OptimConfig
+from mlx_qlora.errors import MlxQloraError
 from mlx_qlora.look.account import facts
 from mlx_qlora.look.evaluate import Answered, Scores
 from mlx_qlora.look.gap import GapAnalysis, grade
@@ -19,6 +21,25 @@ from mlx_qlora.records import EvalReport, StepReport
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+
+def answered(verb: str, call: Callable[[], int]) -> int:
+    """The exit code of a verb. What is wrong is said in one message, without a traceback."""
+    try:
+        return call()
+    except MlxQloraError as error:
+        print(f"mlx-qlora {verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:  # no space left, no permission: the message says which file
+        print(f"mlx-qlora {verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mlx-qlora {verb}: interrupted", file=sys.stderr)
+        return 130
+
 
 _QUIET_S = 20.0  # without a terminal: a line at least so often
 
