@@ -135,10 +135,11 @@ def test_damaged_data_is_made_anew(folder: Path, name: str, how: str) -> None:
     assert corpus(folder).warm
 
 
-def test_damage_that_left_no_trace_is_seen_when_it_is_read(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["tokens.bin", "spans.bin", "index.bin"])
+def test_damage_that_left_no_trace_is_seen_when_it_is_read(folder: Path, name: str) -> None:
     """The bits of a disk change without a new time. The checksum of each example is looked at when it is read."""
     corpus(folder)
-    path = kept(folder)[0] / "tokens.bin"
+    path = kept(folder)[0] / name
     times = path.stat()
     raw = bytearray(path.read_bytes())
     raw[50] ^= 1
@@ -146,7 +147,7 @@ def test_damage_that_left_no_trace_is_seen_when_it_is_read(folder: Path) -> None
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     found = corpus(folder)
     assert found.warm
-    with pytest.raises(DataError, match=r"damaged at train.jsonl:\d+. Start again"):
+    with pytest.raises(DataError, match=r"damaged at .*:\d+. Start again"):
         list(iterate(found.sets["train"]))
     assert not corpus(folder).warm, "and it is made anew"
 
@@ -159,9 +160,13 @@ def test_a_killed_preparation_leaves_nothing_that_is_taken_for_whole(folder: Pat
     )
     assert subprocess.run([sys.executable, "-c", code, str(folder)], cwd=Path(__file__).parent.parent).returncode == 9
     assert all(path.name.startswith(".writing-") for path in kept(folder))
+    (left,) = kept(folder)
+    for path in (*left.iterdir(), left):
+        os.utime(path, (1, 1))
     again = corpus(folder)
     assert not again.warm
     assert same(again, corpus(folder, data_cache="off"))
+    assert not left.exists(), "and what it left is cleared away later"
 
 
 def test_data_that_may_not_be_written_to_is_prepared_elsewhere(

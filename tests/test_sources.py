@@ -26,6 +26,9 @@ ROWS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+OTHER = '"O cão late; é assim.";"E o cão?\nDiga, ""por favor""."\n'
+
+
 def rows_of(path: Path) -> list[Row | BadRow]:
     return list(DiskFile(path, path.name).read())
 
@@ -76,6 +79,7 @@ WRITERS: dict[str, tuple[Callable[[Path], object], list[int]]] = {
     "bom.json.gz": (lambda p: p.write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps(ROWS).encode())), [1, 1]),
     "train.csv": (write_csv, [2, 3]),
     "train.tsv": (write_csv, [2, 3]),
+    "semicolons.csv": (lambda p: p.write_text('completion;prompt\n"O gato mia.";Que som faz o gato?\n' + OTHER), [2, 3]),
     "train.parquet": (write_parquet, [1, 2]),
 }  # fmt: skip
 
@@ -138,6 +142,10 @@ def test_broken_arrays_tables_and_archives(tmp_path: Path) -> None:
         rows_of(path)
     path.write_bytes(b"not gzip")
     with pytest.raises(DataError, match="damaged gzip"):
+        rows_of(path)
+    path = tmp_path / "b.json"
+    path.write_text('{\n "data": [{"text": "a"}]\n}')
+    with pytest.raises(DataError, match="one object came; a list of rows"):
         rows_of(path)
     pytest.importorskip("pyarrow")
     path = tmp_path / "a.parquet"

@@ -89,7 +89,10 @@ class Audit:
 
 
 def audit(corpus: Corpus, look_at: int = 20_000, show: int = 0) -> Audit:
-    """`look_at` bounds the examples that are compared with each other, `show` those that are decoded."""
+    """`look_at` bounds the examples that are compared with each other, `show` those that are decoded.
+
+    The same example again is looked for among a thousand times as many, the first ones.
+    """
     train = corpus.train
     others = {split: made for split, made in corpus.sets.items() if split != "train"}
     sample = _sample(train, look_at) if train is not None else np.empty(0, np.int64)
@@ -105,7 +108,7 @@ def audit(corpus: Corpus, look_at: int = 20_000, show: int = 0) -> Audit:
     for split, made in others.items():
         mine = {len(tokens) + place for place, (own, _) in enumerate(pooled) if own == split}
         across = {b: a for a, b in near if b in mine and a < len(tokens)}
-        leaks.append(_leak(split, train, made, [(everywhere[a], everywhere[b]) for b, a in across.items()]))
+        leaks.append(_leak(split, train, made, 1000 * look_at, [(everywhere[a], everywhere[b]) for b, a in across.items()]))
     order = corpus.order
     return Audit(
         sources={
@@ -125,7 +128,7 @@ def audit(corpus: Corpus, look_at: int = 20_000, show: int = 0) -> Audit:
         }
         if order.weights and order.length
         else {},
-        duplicates=_same(train) if train is not None else Likeness(0),
+        duplicates=_same(train, 1000 * look_at) if train is not None else Likeness(0),
         near_duplicates=Likeness(len({b for _, b in inside}), tuple((names[a], names[b]) for a, b in inside[:_PAIRS])),
         looked_at=len(tokens),
         leaks=tuple(leaks),
@@ -162,20 +165,20 @@ def _sample(examples: KeptSet, most: int) -> NDArray[np.int64]:
 # The same
 
 
-def _same(examples: KeptSet) -> Likeness:
-    """Examples with the tokens of an earlier one."""
-    hashes = np.asarray(examples.hashes)
+def _same(examples: KeptSet, most: int) -> Likeness:
+    """Examples with the tokens of an earlier one, among the first `most`."""
+    hashes = np.asarray(examples.hashes[:most])
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[inverse] != np.arange(len(hashes)))
     pairs = tuple((examples.id(int(first[inverse[number]])), examples.id(int(number))) for number in again[:_PAIRS])
     return Likeness(len(again), pairs)
 
 
-def _leak(split: str, train: KeptSet | None, made: KeptSet, near: list[tuple[str, str]]) -> Leak:
+def _leak(split: str, train: KeptSet | None, made: KeptSet, most: int, near: list[tuple[str, str]]) -> Leak:
     if train is None:
         return Leak(split, Likeness(0), Likeness(0), Likeness(0))
-    same, same_ids = _in_common(train, np.asarray(train.hashes), made, np.asarray(made.hashes))
-    asked, asked_ids = _in_common(train, np.asarray(train.prompts), made, np.asarray(made.prompts))
+    same, same_ids = _in_common(train, np.asarray(train.hashes[:most]), made, np.asarray(made.hashes))
+    asked, asked_ids = _in_common(train, np.asarray(train.prompts[:most]), made, np.asarray(made.prompts))
     other_answer = [pair for pair, whole in zip(asked_ids, same[asked], strict=True) if not whole]
     known = {id for _, id in same_ids}
     rest = [pair for pair in near if pair[1] not in known]

@@ -14,6 +14,7 @@ import os
 import shutil
 import struct
 import tempfile
+import time
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -36,11 +37,12 @@ _KEPT = 6  # prepared folders beside a data set
 _INDEX = np.dtype(
     [
         ("token", "<u8"), ("span", "<u8"), ("line", "<u8"), ("hash", "<u8"), ("prompt", "<u8"), ("length", "<u4"),
-        ("spans", "<u4"), ("supervised", "<u4"), ("crc", "<u4"), ("name", "<u4"), ("part", "<u4"),
+        ("spans", "<u4"), ("supervised", "<u4"), ("name", "<u4"), ("part", "<u4"), ("crc", "<u4"),
     ]
 )  # fmt: skip
 _PACK = struct.Struct("<QQQQQIIIIII").pack
 _SPAN = np.dtype([("begin", "<u4"), ("end", "<u4"), ("weight", "<f4")])
+_STALE_S = 3600.0
 _PACK_SPAN = struct.Struct("<IIf").pack
 _FILES = ("tokens.bin", "spans.bin", "index.bin")
 MOST_SPLIT_OFF = 2000  # rows for validation, however many there are
@@ -81,7 +83,7 @@ class Prepared:
         length = int(at["length"])
         tokens = self._tokens[int(at["token"]) : int(at["token"]) + length]
         spans = self._spans[int(at["span"]) : int(at["span"]) + int(at["spans"])]
-        if zlib.crc32(spans.tobytes(), zlib.crc32(tokens.tobytes())) != at["crc"]:
+        if _checksum(at, tokens.tobytes(), spans.tobytes()) != at["crc"]:
             (self.folder / "manifest").unlink(missing_ok=True)
             raise DataError(f"{self.folder}: the prepared data is damaged at {self._id(at)}. Start again; it is made anew.")
         weights = np.zeros(length, np.float32)
@@ -286,7 +288,7 @@ class Preparation:
                 found = (folder / name).stat()
                 if found.st_size != kept["size"]:
                     return None
-                if (found.st_mtime_ns != kept["time_ns"] or name == "index.bin") and _crc(folder / name) != kept["crc"]:
+                if found.st_mtime_ns != kept["time_ns"] and _crc(folder / name) != kept["crc"]:
                     return None
             if manifest["from"] != [file.fingerprint() for file in files]:
                 if manifest["content"] != _content_digest(files):
@@ -343,12 +345,11 @@ class Preparation:
                 packed = b"".join(_PACK_SPAN(*span) for span in made.spans)
                 name, line, part = _parts(id)
                 begun = made.spans[0][0] * token_type.itemsize  # where training begins
-                index.write(
-                    _PACK(
-                        token_place, span_place, line, _hash(raw, 0), _hash(raw[:begun]), len(made.tokens), len(made.spans),
-                        made.supervised, zlib.crc32(packed, zlib.crc32(raw)), names.setdefault(name, len(names)), part,
-                    )
+                known = (
+                    token_place, span_place, line, _hash(raw, 0), _hash(raw[:begun]), len(made.tokens), len(made.spans),
+                    made.supervised, names.setdefault(name, len(names)), part,
                 )  # fmt: skip
+                index.write(_PACK(*known, zlib.crc32(packed, zlib.crc32(raw, zlib.crc32(_PACK(*known, 0))))))
                 tokens.write(raw)
                 spans.write(packed)
                 token_place += len(made.tokens)
@@ -401,6 +402,11 @@ def _mapped(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
 
 def _hash(raw: bytes, least: int = 16) -> int:
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") if len(raw) > least else 0
+
+
+def _checksum(at: Any, tokens: bytes, spans: bytes) -> int:
+    """Of an example and of what the index says of it, its last four bytes aside."""
+    return zlib.crc32(spans, zlib.crc32(tokens, zlib.crc32(at.tobytes()[:-4] + bytes(4))))
 
 
 def _kept(path: Path) -> dict[str, int]:
@@ -470,6 +476,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _forget_old(folder: Path) -> None:
+    """Keep the prepared folders used last; what a killed preparation left an hour ago goes, too."""
+    for left in folder.glob(".writing-*"):
+        if time.time() - max((file.stat().st_mtime for file in left.iterdir()), default=left.stat().st_mtime) > _STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
     made = [child for child in folder.iterdir() if (child / "manifest").exists() and not child.name.startswith(".")]
     for old in sorted(made, key=lambda child: child.stat().st_mtime)[:-_KEPT]:
         shutil.rmtree(old, ignore_errors=True)

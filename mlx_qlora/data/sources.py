@@ -61,7 +61,7 @@ class SourceConfig:
     malformed_limit: int = 100
     """With skip: more of them than this end the run all the same."""
     validation_share: float = 0.1
-    """Share of the training rows that is split off where there are no validation rows."""
+    """Share of the training rows that is split off where there are no validation rows; at most 2,000 of them."""
     data_cache: str = ""
     """Where prepared examples are kept: a folder, or off; without it .mlx_qlora beside the data."""
     streaming: bool = False
@@ -190,9 +190,11 @@ class DiskFile:
                 return
             with self._open() as file:
                 if suffix in (".csv", ".tsv"):
-                    yield from _csv(file, self.name, "\t" if suffix == ".tsv" else ",")
+                    yield from _csv(file, self.name)
                 elif suffix == ".json" and _first_letter(file) == b"[":
                     yield from _array(file, self.name)
+                elif suffix == ".json" and _is_one_object(file):
+                    raise DataError(f"{self.path}: one object came; a list of rows, or a row a line, is expected.")
                 else:
                     yield from _lines(file, self.name)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -205,6 +207,14 @@ def _first_letter(file: IO[bytes]) -> bytes:
     start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     file.seek(0)
     return start[:1]
+
+
+def _is_one_object(file: IO[bytes]) -> bool:
+    """Whether the first line begins an object that it does not end."""
+    line = file.readline(_MAX_LINE)
+    more = file.read(1)
+    file.seek(0)
+    return bool(more) and isinstance(_parsed(line, ":1", ended=True), BadRow) and line.strip().startswith(b"{")
 
 
 def _lines(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
@@ -270,7 +280,11 @@ def _array(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
         yield BadRow(id, "the list has no end; was the file written to its end?")
 
 
-def _csv(file: IO[bytes], name: str, delimiter: str) -> Iterator[Row | BadRow]:
+def _csv(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
+    """A table whose first line names the columns; its separator is what stands most often in that line."""
+    head = file.readline().decode("utf-8", "replace")
+    file.seek(0)
+    delimiter = max(",;\t|", key=head.count)
     csv.field_size_limit(max(csv.field_size_limit(), _MAX_LINE))
     wrong: list[BadRow] = []
 

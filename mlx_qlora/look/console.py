@@ -185,12 +185,18 @@ class Console:
                 self.say(f"  {name:<9} {' '.join(text.split())[:100]}")
 
     def where(self, folder: Path, model: str, interrupted: bool) -> None:
+        template = folder / "chat_template.jinja"
         self.say()
         self.fact(
             "files",
             f"{folder / 'adapters'}: the best adapters, as mlx-lm loads them",
             f"{folder / 'training_metrics.jsonl'}, .json, .csv: every update and validation",
             f"{folder / 'training_summary.json'}: all of the above, for programs",
+            *(
+                [f"{template}: what it was trained with; beside a model's tokenizer it is its template"]
+                if template.exists()
+                else []
+            ),
         )
         if interrupted:
             self.fact("next", "to train to the end, start again with --overwrite")
