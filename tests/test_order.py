@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_qlora.data import order as order_module
 from mlx_qlora.data.layout import BatchConfig, lay_out, updates
 from mlx_qlora.data.order import Order, groups, shuffled, updates_in
 from mlx_qlora.data.prepare import InMemory
@@ -74,6 +75,17 @@ def test_a_bookmark_goes_on_where_it_was_made(count: int, per_update: int, minim
         assert Counter(seen) == Counter(range(count))
     if supervised.sum() >= minimum:
         assert all(supervised[group].sum() >= minimum for group, _ in whole)
+
+
+def test_a_bookmark_goes_on_across_the_blocks_of_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order_module, "_BLOCK", 7)
+    supervised = np.full(100, 5)
+    for minimum in (0, 30, 200):
+        whole = list(groups(Order((100,)), 4, 2, supervised, minimum))
+        assert all(supervised[group].sum() >= max(minimum, 20) for group, _ in whole)
+        for cut, (_, at) in enumerate(whole):
+            rest = groups(Order((100,)), 4, 2, supervised, minimum, at)
+            assert [group.tolist() for group, _ in rest] == [group.tolist() for group, _ in whole[cut + 1 :]]
 
 
 def _in_epoch(epoch: int) -> set[tuple[int, bool]]:

@@ -76,7 +76,7 @@ WRITERS: dict[str, tuple[Callable[[Path], object], list[int]]] = {
     "train.jsonl.gz": (lambda p: p.write_bytes(gzip.compress(jsonl(ROWS))), [1, 2]),
     "lines.json": (lambda p: p.write_bytes(jsonl(ROWS)), [1, 2]),
     "array.json": (lambda p: p.write_text(json.dumps(ROWS, indent=1), encoding="utf-8"), [2, 6]),
-    "bom.json.gz": (lambda p: p.write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps(ROWS).encode())), [1, 1]),
+    "bom.json.gz": (lambda p: p.write_bytes(gzip.compress(b"\xef\xbb\xbf" + json.dumps(ROWS).encode())), [1, 2]),
     "train.csv": (write_csv, [2, 3]),
     "train.tsv": (write_csv, [2, 3]),
     "semicolons.csv": (lambda p: p.write_text('completion;prompt\n"O gato mia.";Que som faz o gato?\n' + OTHER), [2, 3]),

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mlx_qlora.data.corpus import Corpus
 from mlx_qlora.data.order import shuffled
-from mlx_qlora.data.prepare import KeptSet
+from mlx_qlora.data.prepare import KeptSet, row_of
 from mlx_qlora.data.render import Account
 from mlx_qlora.data.templates import Tokenizer
 from mlx_qlora.records import Example
@@ -103,7 +103,7 @@ def audit(corpus: Corpus, look_at: int = 20_000, show: int = 0) -> Audit:
     names = [train.id(number) for number in sample.tolist()] if train is not None else []
     everywhere = [*names, *(others[split].id(number) for split, number in pooled)]
     # Examples of one row are alike by their making.
-    inside = [(a, b) for a, b in near if b < len(tokens) and names[a].partition("#")[0] != names[b].partition("#")[0]]
+    inside = [(a, b) for a, b in near if b < len(tokens) and row_of(names[a]) != row_of(names[b])]
     leaks = []
     for split, made in others.items():
         mine = {len(tokens) + place for place, (own, _) in enumerate(pooled) if own == split}
@@ -125,6 +125,7 @@ def audit(corpus: Corpus, look_at: int = 20_000, show: int = 0) -> Audit:
         shares={
             source.name: (quota / order.length, quota / size)
             for source, quota, size in zip(corpus.sources, order.quotas, order.sizes, strict=False)
+            if size
         }
         if order.weights and order.length
         else {},

@@ -71,6 +71,13 @@ class Specials:
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._number = {text: number for number, text in enumerate(self.strings)}
 
+    def in_letters(self, text: str) -> bool:
+        """Whether a text that people wrote holds the letters of a special token, so that it has to be escaped."""
+        found = self.pattern.search(text)
+        if found and _PRIVATE.search(text):
+            raise RowError(f"{found[0]} and private characters (U+E000 to U+E003) stand in one row; take either out.")
+        return found is not None
+
     def private_name(self, text: str) -> str:
         """The name of a special token in an escaped text."""
         return f"\ue000{self._number[text]}\ue001"
@@ -89,6 +96,7 @@ class Specials:
         return re.sub("\ue000(\\d+)\ue001", lambda found: self.strings[int(found[1])], text)
 
 
+_PRIVATE = re.compile("[\ue000-\ue003]")
 _STEADY = 3  # conversations of the same roles, after which an earlier answer is no longer rendered for itself
 _NEVER = -(10**9)
 _ENDS = re.compile("\ue000\\d+\ue001")
@@ -141,7 +149,7 @@ class ChatRenderer:
 
     def _pieces(self, talk: Talk, notes: list[str]) -> list[Piece]:
         write: Callable[..., str] = self.render
-        escaped = self.specials.pattern.search("\0".join(_letters(talk))) is not None
+        escaped = self.specials.in_letters("\0".join(_letters(talk)))
         if escaped:
             hidden = partial(_changed, change=self.specials.hidden)
             turns = tuple(replace(turn, shown=hidden(turn.shown)) for turn in talk.turns)
@@ -161,6 +169,7 @@ class ChatRenderer:
         if self.train_on is TrainOn.LAST:
             answers = answers[-1:]
         roles = tuple(turn.role for turn in talk.turns)
+        only_texts = talk.tools is None and all(len(turn.shown) == 2 for turn in talk.turns)
         for place in reversed(answers):
             turn = talk.turns[place]
             marks = turn.marks if turn.marks is not None else self.train_on is not TrainOn.MARKED
@@ -168,7 +177,7 @@ class ChatRenderer:
             if marks is False or not weight:
                 continue
             prompt = write(Talk(talk.turns[:place], talk.tools), ask=True) if place else None
-            plain = pieces and prompt and marks is True and not escaped and not self._marks
+            plain = pieces and prompt and marks is True and not escaped and not self._marks and only_texts
             earlier = self._stands_in(pieces[0].text, prompt or "", turn) if plain else None
             if earlier and self._steady.get(roles, 0) >= _STEADY:
                 pieces[0].spans.insert(0, Span(*earlier, weight))

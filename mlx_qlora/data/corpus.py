@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from mlx_qlora.data.layout import BatchConfig, streamed_updates, updates
 from mlx_qlora.data.order import Order, shuffled, updates_in
-from mlx_qlora.data.prepare import Chosen, Joined, KeptSet, Preparation, Prepared, iterate, split_off
+from mlx_qlora.data.prepare import Chosen, Joined, KeptSet, Preparation, Prepared, iterate, row_of, split_off
 from mlx_qlora.data.render import Account, Question, RenderConfig, Renderer, question
 from mlx_qlora.data.sources import SPLITS, File, Row, Source, SourceConfig, find, read
 from mlx_qlora.data.stream import stream
@@ -34,6 +34,7 @@ class Corpus:
     warm: bool  # all of it was there already
     split_off: frozenset[str] | None  # ids of the validation rows, where they are split off from training
     refusals: tuple[str, ...]  # why training would be refused
+    streamed: Account = field(default_factory=Account)  # of the rows of a stream, as far as they were read
 
     @property
     def train(self) -> KeptSet | None:
@@ -49,13 +50,15 @@ class Corpus:
 
     def updates(self, config: BatchConfig, epochs: int, start: Bookmark = START) -> Iterator[Update]:
         if self.train is None:
-            return streamed_updates(stream(self.sources, self.config, self.render, self.renderer, self.seed, start), config)
+            examples = stream(self.sources, self.config, self.render, self.renderer, self.seed, start, account=self.streamed)
+            return streamed_updates(examples, config)
         return updates(self.train, self.order, config, epochs, start)
 
     def updates_in(self, config: BatchConfig, epochs: int) -> int:
         assert self.train is not None, "a stream has no length"
         least = config.min_supervised_per_update
-        return updates_in(self.order, config.examples_per_update, epochs, self.train.supervised, least)
+        supervised = self.train.supervised if least else np.empty(0, np.int64)
+        return updates_in(self.order, config.examples_per_update, epochs, supervised, least)
 
     def valid_examples(self) -> list[Example]:
         return list(iterate(self.valid))
@@ -129,7 +132,7 @@ def gather(
             sets["train"], sets["valid"] = _one([train for train, _, _ in parts]), _one([valid for _, valid, _ in parts])
             sizes = tuple(len(train) for train, _, _ in parts)
             ids = (sets["valid"].id(number) for number in range(len(sets["valid"])))
-            chosen = frozenset(id.partition("#")[0] for id in ids)
+            chosen = frozenset(row_of(id) for id in ids)
             count = sum(rows for _, _, rows in parts)
             said = f"{count:,} row{'s' * (count > 1)} split off from training (seed {seed}): there is no valid.jsonl"
     return Corpus(

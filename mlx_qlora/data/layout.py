@@ -77,7 +77,8 @@ def to_batch(examples: Sequence[Example]) -> Batch:
 def updates(examples: ExampleSet, order: Order, config: BatchConfig, epochs: int, start: Bookmark = START) -> Iterator[Update]:
     """The updates of a run in order, from a bookmark on."""
     least = config.min_supervised_per_update
-    for numbers, following in groups(order, config.examples_per_update, epochs, examples.supervised, least, start):
+    supervised = examples.supervised if least else np.empty(0, np.int64)
+    for numbers, following in groups(order, config.examples_per_update, epochs, supervised, least, start):
         chosen = [examples[number] for number in numbers.tolist()]
         yield _update(chosen, config, following.epoch + following.place / order.length, following)
 

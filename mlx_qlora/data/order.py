@@ -121,7 +121,7 @@ def groups(
         place = start.place if epoch == start.epoch else 0  # after `held`
         for group in _epoch_groups(order, epoch, place, per_update, supervised, minimum):
             if held is not None:
-                if place + len(group) == order.length and int(supervised[group].sum()) < minimum:
+                if minimum and place + len(group) == order.length and int(supervised[group].sum()) < minimum:
                     held = np.concatenate([held, group])
                     break
                 yield held, Bookmark(epoch, place)
@@ -134,16 +134,17 @@ def _epoch_groups(
     order: Order, epoch: int, place: int, per_update: int, supervised: NDArray[np.integer], minimum: int
 ) -> Iterator[Indices]:
     waiting = np.empty(0, np.int64)
-    while place < order.length or len(waiting):
-        size = per_update
-        while True:
-            if len(waiting) < size and place < order.length:
-                more = order.at(epoch, np.arange(place, min(place + max(_BLOCK, per_update), order.length)))
-                waiting, place = np.concatenate([waiting, more]), place + len(more)
-                continue
-            if len(waiting) <= size or int(supervised[waiting[:size]].sum()) >= minimum:
-                break
-            size += 1
+    while True:
+        enough = per_update
+        if minimum and len(waiting) >= per_update and int(supervised[waiting[:per_update]].sum()) < minimum:
+            enough = int(np.searchsorted(np.cumsum(supervised[waiting]), minimum)) + 1  # one too many where there are too few
+        if len(waiting) < enough and place < order.length:
+            more = order.at(epoch, np.arange(place, min(place + max(_BLOCK, per_update), order.length)))
+            waiting, place = np.concatenate([waiting, more]), place + len(more)
+            continue
+        if not len(waiting):
+            return
+        size = min(max(per_update, enough), len(waiting))
         yield waiting[:size]
         waiting = waiting[size:]
 

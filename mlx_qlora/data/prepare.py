@@ -387,6 +387,16 @@ def split_off(made: Prepared, share: float, seed: int) -> tuple[Chosen, Chosen, 
     return Chosen(made, np.flatnonzero(~chosen)), Chosen(made, np.flatnonzero(chosen)), number
 
 
+def row_of(id: str) -> str:
+    """The id of the row that an example was made of.
+
+    >>> row_of("train.jsonl:17#2")
+    'train.jsonl:17'
+    """
+    name, _, place = id.rpartition(":")
+    return f"{name}:{place.partition('#')[0]}"
+
+
 def _parts(id: str) -> tuple[str, int, int]:
     """(name, line, part) of an id such as train.jsonl:17#2."""
     name, _, place = id.rpartition(":")

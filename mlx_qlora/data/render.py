@@ -331,7 +331,7 @@ class Renderer:
     def _pair(self, pair: Pair) -> Piece:
         completion = _without_end(pair.completion, self.tokenizer.eos_token)
         text, begin = pair.prompt + completion, len(pair.prompt)
-        escaped = self._chat.specials.pattern.search(text) is not None
+        escaped = self._chat.specials.in_letters(text)
         spans, eos = self._marked(pair.marks, completion, begin, pair.weight)
         if self.config.train_on is TrainOn.ALL:
             spans, eos = [Span(0, len(text), pair.weight, exact=False)], pair.weight

@@ -12,8 +12,10 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol, cast
 
@@ -116,7 +118,19 @@ def find(config: SourceConfig) -> tuple[Source, ...]:
     """The sources of a run; no file is opened yet."""
     if not config.sources:
         raise DataError(f"data: nothing came; name {_EXPECTED}.")
-    return tuple(_source(name) for name in config.sources)
+    return _told_apart([_source(name) for name in config.sources])
+
+
+def _told_apart(sources: list[Source]) -> tuple[Source, ...]:
+    """Files of one name in several sources go by their paths, so that no two rows have one id."""
+    counts = Counter(file.name for source in sources for files in source.files.values() for file in files)
+
+    def own(file: File) -> File:
+        return replace(file, name=str(file.path)) if counts[file.name] > 1 and isinstance(file, DiskFile) else file
+
+    return tuple(
+        replace(source, files={split: tuple(map(own, files)) for split, files in source.files.items()}) for source in sources
+    )
 
 
 def _source(name: str) -> Source:
@@ -142,8 +156,10 @@ def _in_folder(folder: Path) -> dict[str, tuple[File, ...]]:
     """train.jsonl and the like; a split may lie in several parts (train-00000-of-00002.parquet)."""
     files: dict[str, tuple[File, ...]] = {}
     for split, names in _SPLITS.items():
-        like = re.compile(rf"({'|'.join(names)})([-_.]\d.*)?({'|'.join(map(re.escape, _SUFFIXES))})(\.gz)?")
-        found = [child for child in sorted(folder.iterdir()) if like.fullmatch(child.name) and child.is_file()]
+        found: list[Path] = []
+        for own in names:  # valid.jsonl before dev.jsonl, where both are there
+            like = re.compile(rf"{own}([-_.]\d.*)?({'|'.join(map(re.escape, _SUFFIXES))})(\.gz)?")
+            found = found or [child for child in sorted(folder.iterdir()) if like.fullmatch(child.name) and child.is_file()]
         kinds = {"".join(child.suffixes[-2:]) if child.suffix == ".gz" else child.suffix for child in found}
         if len(kinds) > 1:
             both = ", ".join(child.name for child in found[:4])
@@ -256,28 +272,33 @@ def _array(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
         raise DataError(f"{name}:{line}: not UTF-8; save the file as UTF-8.") from error
     place, line, counted = text.index("[") + 1, 1, 0
     gap = re.compile(r"[\s,]*")
+    found: list[tuple[int, Any]] = []
+    reason = ""
     while True:
         place = gap.match(text, place).end()  # type: ignore[union-attr]
         line, counted = line + text.count("\n", counted, place), place
-        id = f"{name}:{line}"
         if text[place : place + 1] in ("]", ""):
+            reason = "" if text[place:].startswith("]") else "the list has no end; was the file written to its end?"
             break
         try:
             value, place = _JSON.raw_decode(text, place)
         except _Twice as error:
-            yield BadRow(id, str(error))
-            return
+            reason = str(error)
+            break
         except (ValueError, RecursionError) as error:
-            yield BadRow(
-                id, f"not JSON: {error or 'nested too deeply'}; a list of objects is expected. What follows is not read."
-            )
-            return
+            reason = f"not JSON: {error or 'nested too deeply'}; a list of objects is expected. What follows is not read."
+            break
+        found.append((line, value))
+    # Rows that begin in lines of their own are named by these, else by their place in the list.
+    by_line = all(a < b for (a, _), (b, _) in pairwise(found))
+    for number, (own, value) in enumerate(found, start=1):
+        id = f"{name}:{own if by_line else number}"
         if isinstance(value, dict):
             yield Row(id, value)
         else:
             yield BadRow(id, f'{_kind(value)} came, an object such as {{"messages": [...]}} is expected.')
-    if not text[place:].startswith("]"):
-        yield BadRow(id, "the list has no end; was the file written to its end?")
+    if reason:
+        yield BadRow(f"{name}:{line}", reason)
 
 
 def _csv(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
@@ -289,10 +310,16 @@ def _csv(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
     wrong: list[BadRow] = []
 
     def decoded() -> Iterator[str]:
-        for number, line in enumerate(file, start=1):
+        number = 0
+        while line := file.readline(_MAX_LINE + 1):
+            number += 1
+            if len(line) > _MAX_LINE:
+                raise DataError(f"{name}:{number}: a line of more than {_MAX_LINE // 2**20} MB; is a quotation mark missing?")
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
+                if number == 1:
+                    raise DataError(f"{name}:1: not UTF-8 (byte {error.start + 1}); save the file as UTF-8.") from error
                 wrong.append(BadRow(f"{name}:{number}", f"not UTF-8 (byte {error.start + 1}); save the file as UTF-8."))
                 yield "\n"
 

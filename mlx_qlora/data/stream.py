@@ -20,12 +20,19 @@ from mlx_qlora.records import Bookmark, Example
 
 
 def stream(
-    sources: tuple[Source, ...], source: SourceConfig, render: RenderConfig, renderer: Renderer, seed: int, start: Bookmark
+    sources: tuple[Source, ...],
+    source: SourceConfig,
+    render: RenderConfig,
+    renderer: Renderer,
+    seed: int,
+    start: Bookmark,
+    account: Account | None = None,
 ) -> Iterator[tuple[Example, Bookmark]]:
-    """(an example, where the next one begins), for ever."""
+    """(an example, where the next one begins), for ever. `account` is filled with what became of the rows of one epoch."""
     epoch, before, place = start.epoch, start.rows, start.place
-    account, refusals = Account(), Refusals()
+    account = Account() if account is None else account
     while True:
+        refusals = Refusals()
         rows = islice(_mixed(sources, source.data_weights), before, None)
         any_here = before > 0
         while window := list(islice(rows, source.shuffle_buffer)):
@@ -42,6 +49,7 @@ def stream(
         if not any_here:
             raise DataError(f"{sources[0].name}: no row of this stream has anything to train.")
         epoch, before, place = epoch + 1, 0, 0
+        account = Account()
 
 
 def _mixed(sources: tuple[Source, ...], weights: tuple[float, ...]) -> Iterator[Row | BadRow]:
