@@ -126,6 +126,9 @@ class _CommandLine(RunConfig):
     demo: bool = False
     """Train the embedded model on the embedded data, with the settings of examples/demo.yaml."""
 
+    def __post_init__(self) -> None:
+        """Nothing: the values are judged where they become a `RunConfig`, outside of tyro's boxes."""
+
 
 @dataclass(frozen=True)
 class _Files:

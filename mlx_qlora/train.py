@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -134,22 +134,25 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
     run_folder.check_free(folder, overwrite=config.overwrite)
     source, render, batch = config.part(SourceConfig), config.part(RenderConfig), config.part(BatchConfig)
     optim_config = config.part(OptimConfig)
-    find(source)  # before the model is loaded: a wrong path is said at once
+    sources = find(source)  # before the model is loaded: a wrong path is said at once
+    if config.streaming and config.max_steps is None:
+        raise ConfigError("max_steps: with streaming the data has no known length; say how many updates to train.")
 
     loaded = load(config.model)
     console.fact("model", loaded.describe, backend.describe())
     attached = lora.attach(loaded.model, config.lora, seed=config.seed)
     console.adapters(attached)
-    corpus = gather(source, render, loaded.tokenizer, config.seed, console.preparing)
+    corpus = gather(source, render, loaded.tokenizer, config.seed, console.preparing, sources=sources)
     found = audit(corpus, look_at=_LOOK_AT)
     console.account(found)
 
     total, per_epoch = _length(config, corpus, batch)
     eval_every = config.eval_every or max(1, (per_epoch or total) // 4)
     console.plan(optim_config, batch.examples_per_update, per_epoch, total, eval_every)
+    valid, train_sample = lay_out(corpus.valid_examples(), config.batch_size), lay_out(corpus.train_sample(), config.batch_size)
     console.fact("folder", str(folder))
     run_folder.claim(folder, overwrite=config.overwrite)
-    run_folder.write_atomically(folder / "config.yaml", config.to_yaml())
+    run_folder.write_atomically(folder / "config.yaml", replace(config, overwrite=False).to_yaml())
     run_folder.write_json(folder / "data_account.json", found.to_json())
     if corpus.renderer.brought_template:
         run_folder.write_atomically(folder / "chat_template.jinja", loaded.tokenizer.chat_template)
@@ -172,8 +175,8 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
         updates=corpus.updates(batch, config.epochs),
         total=total,
         eval_every=eval_every,
-        valid=lay_out(corpus.valid_examples(), config.batch_size),
-        train_sample=lay_out(corpus.train_sample(), config.batch_size),
+        valid=valid,
+        train_sample=train_sample,
         corpus=corpus,
     )
 
@@ -181,9 +184,7 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
 def _length(config: RunConfig, corpus: Corpus, batch: BatchConfig) -> tuple[int, int | None]:
     """(updates of the run, updates of its first epoch); a stream's epochs have no known length."""
     if corpus.train is None:
-        if config.max_steps is None:
-            raise ConfigError("max_steps: with streaming the data has no known length; say how many updates to train.")
-        return config.max_steps, None
+        return config.max_steps or 0, None
     whole = corpus.updates_in(batch, config.epochs)
     return min(whole, config.max_steps or sys.maxsize), corpus.updates_in(batch, 1)
 
@@ -244,6 +245,10 @@ def _conclude(ready: _Ready, history: _History, summary: dict[str, Any], console
     """Say how it went, put the best adapters on, and ask the questions if the configuration wants it."""
     config, model, folder = ready.config, ready.loaded.model, ready.folder
     console.ended(summary["ended"], summary["steps"], summary["elapsed_s"])
+    if ready.corpus.train is None:
+        read = replace(audit(ready.corpus, look_at=_LOOK_AT), accounts=ready.corpus.accounts | {"train": ready.corpus.streamed})
+        run_folder.write_json(folder / "data_account.json", read.to_json())
+        console.streamed(read)
     if history.best:
         console.best(*history.best, folder)
         console.gap(analyse([evaluation for evaluation, _ in history.validations]))

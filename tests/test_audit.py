@@ -113,16 +113,56 @@ def test_data_that_training_would_refuse(data: Path, capsys: pytest.CaptureFixtu
     machine = data / "account.json"
     out = run(str(data), "--model", "embedded", "--json", str(machine), code=2, capsys=capsys)
     assert "training would be refused:\ntrain.jsonl:6: text: 3 came" in out
-    assert "refused   train.jsonl:6: text: 3 came" in out
+    assert "2 training rows that can't be used" in out
     assert "training          7         5" in out, "the account of the rest all the same"
     account = json.loads(machine.read_text(encoding="utf-8"))
     assert (account["train"]["malformed"], len(account["refusals"])) == (2, 1)
-    run(str(data), "--model", "embedded", "--malformed", "skip", capsys=capsys)
+    assert "skipped   train.jsonl:6: text: 3 came" in run(
+        str(data), "--model", "embedded", "--malformed", "skip", capsys=capsys
+    )  # fmt: skip
     out = run(str(data), "--model", "embedded", "--malformed", "skip", "--max-seq-length", "20", code=2, capsys=capsys)
     assert "longer than max_seq_length 20" in out
     (data / "train.jsonl").write_text("{\n")
     out = run(str(data), "--model", "embedded", code=2, capsys=capsys)
     assert "train.jsonl:1: not JSON" in out
+
+
+def test_rows_that_are_split_off_are_not_counted_as_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "data", train=[asked(f"Quanto é {n} + {n}?", f"{2 * n}.") for n in range(20)])
+    machine = tmp_path / "account.json"
+    run(str(folder), "--model", "embedded", "--validation-share", "0.5", "--json", str(machine), capsys=capsys)
+    account = json.loads(machine.read_text(encoding="utf-8"))
+    source = SourceConfig(data=str(folder), validation_share=0.5)
+    corpus = gather(source, RenderConfig(), load_tokenizer("embedded"), seed=0)
+    trained = sum(int((corpus.sets["train"][n].weights > 0).sum()) for n in range(10))
+    assert (account["rows"], account["supervised_tokens"]) == (10, trained)
+
+
+def test_many_rows_that_are_nearly_the_same(tmp_path: Path) -> None:
+    """Half of all rows alike, under a long system prompt that all have."""
+    system = LONG * 3
+    alike = [asked("Quando é o torneio?", LONG.replace("nove", f"nove e {n}")) | {"system": system} for n in range(10)]
+    other = [asked(f"Qual é o número da casa {n}?", f"É {n * 37}, ao lado do {n}.") | {"system": system} for n in range(10)]
+    corpus = gather(SourceConfig(data=str(write(tmp_path / "d", train=alike + other, valid=alike[:2]))), RenderConfig(),
+                    load_tokenizer("embedded"), seed=0)  # fmt: skip
+    found = audit(corpus)
+    assert found.near_duplicates.count >= 9
+    assert all(int(later.split(":")[1]) <= 10 for _, later in found.near_duplicates.pairs)
+    assert found.leaks[0].same.count == 2
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "data", train=[asked("a\x1b[31mb\u202ec", "d")] * 2)
+    out = run(str(folder), "--model", "embedded", capsys=capsys)
+    assert "\x1b" not in out
+    assert "\u202e" not in out
+
+
+def test_several_sources_with_weights(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(data / "train.jsonl"), str(data / "valid.jsonl")]
+    out = run(*paths, "--model", "embedded", "--data-weights", "3", "1", "--validation-share", "0.3", capsys=capsys)
+    assert out.count("% of an epoch, each of its examples") == 2
+    assert "--html" in run(*paths, "--model", "embedded", "--html", "nowhere/x.html", code=2, capsys=capsys)
 
 
 def test_wrong_calls(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,15 @@ def test_other_settings_tokenizer_or_template_make_other_examples(folder: Path, 
 def test_only_a_few_are_kept(folder: Path) -> None:
     for length in range(100, 110):
         corpus(folder, render=RenderConfig(max_seq_length=length))
-    assert len(kept(folder)) == prepare._KEPT
+    names = [path.name.split("-")[0] for path in kept(folder)]
+    assert names == ["train"] * prepare._KEPT + ["valid"] * prepare._KEPT
+    for number in range(8):  # sources of one run do not push each other out
+        (folder / f"more{number}.jsonl").write_bytes((folder / "valid.jsonl").read_bytes())
+    for warm in (False, True):
+        assert corpus(folder / "more*.jsonl").warm is warm
+    several = SourceConfig(data=tuple(str(folder / f"more{number}.jsonl") for number in range(8)))
+    for warm in (False, True):
+        assert gather(several, RenderConfig(), TOKENIZER, seed=0).warm is warm
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "spans.bin", "index.bin", "manifest"])
@@ -237,6 +245,15 @@ def test_a_stream_trains(folder: Path) -> None:
     assert [update.ids for update in islice(resumed, 20)] == [update.ids for update in planned[10:]]
     with pytest.raises(DataError, match="validation rows are needed"):
         corpus(folder / "train.jsonl", streaming=True)
+
+
+def test_what_became_of_a_streams_rows_is_counted_once(folder: Path) -> None:
+    with (folder / "train.jsonl").open("a") as file:
+        file.write("{\n" * 3)
+    made = corpus(folder, streaming=True, shuffle_buffer=16, malformed="skip", malformed_limit=5)
+    planned = list(islice(made.updates(BatchConfig(batch_size=4), 1), 60))
+    assert planned[-1].epoch >= 3, "the same rows do not count again in each epoch"
+    assert (made.streamed.rows, made.streamed.malformed, made.streamed.examples) == (63, 3, 60)
 
 
 def test_weighted_streams_keep_their_shares(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from mlx_qlora.data.formats import RowError
 from mlx_qlora.data.render import Account, Refusals, RenderConfig, Renderer, question
 from mlx_qlora.data.sources import Row, SourceConfig
 from mlx_qlora.data.templates import TEMPLATES
+from mlx_qlora.errors import DataError
 from mlx_qlora.model.load import load_tokenizer
 from mlx_qlora.records import Example
 
@@ -243,6 +244,33 @@ def test_a_conversation_may_begin_with_the_assistant() -> None:
     assert trained(made, row) == [["hi<|im_end|>", "cd<|im_end|>"]]
 
 
+def test_what_a_row_is_trained_on_does_not_depend_on_the_rows_before() -> None:
+    """Plain conversations make the renderer sure of their roles; one with thinking or a call is still looked at whole."""
+    thinking = THINKING.replace("(m.reasoning_content or '')", "m.reasoning_content").replace(
+        "loop.index0 > ns.last %}", "loop.index0 > ns.last and m.reasoning_content %}"
+    )
+    calling = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+        "{% if m.tool_calls %}{{ '<|im_start|>' + m.tool_calls[0].function.name }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    thought, called = chat("ab", "cd", "ef", "gh"), chat("ab", "cd", "ef", "gh")
+    thought["messages"][1]["reasoning_content"] = "hm"
+    called["messages"][1]["tool_calls"] = [{"name": "f", "arguments": {}}]
+    for template, row in ((thinking, thought), (calling, called)):
+        tokenizer = byte_tokenizer(template, "<|im_start|>", "<|im_end|>", eos="<|im_end|>")
+        first, later = renderer(tokenizer), renderer(tokenizer)
+        for _ in range(6):
+            later.render(Row("x:1", chat("ab", "cd", "ef", "gh")))
+        assert trained(first, row) == trained(later, row)
+
+
+def test_a_template_that_loses_the_answers_is_refused() -> None:
+    made = renderer(byte_tokenizer("hello"))
+    with pytest.raises(RowError, match="does not write this answer"):
+        made.render(Row("x:1", chat("ab", "cd")))
+
+
 # Special tokens
 
 
@@ -263,6 +291,29 @@ def test_letters_of_special_tokens_in_contents_are_read_as_letters() -> None:
     (other,) = made.render(Row("x:1", plain_row))
     escaped = made._encoder._escaped(made._chat.specials.shown(whole(made, other)))
     assert escaped.ids == other.tokens.tolist()
+
+
+def test_private_characters_can_not_pass_for_special_tokens() -> None:
+    for text in ("o </s> e \ue0000\ue001", "</s> \ue002999\ue003"):
+        for row in (chat(text, "x"), chat("x", text)):
+            with pytest.raises(RowError, match="private characters"):
+                renderer().render(Row("x:1", row))
+    assert trained(renderer(), chat("\ue0000\ue001", "x")) == [["x</s>"]], "alone they are letters like others"
+
+
+def test_marks_of_generation_hold_where_letters_are_escaped() -> None:
+    template = MARKED_CHATML.replace("{% generation %}{{ m.content", "{{ m.content[:1] }}{% generation %}{{ m.content[1:]")
+    made = renderer(byte_tokenizer(template, "<|im_start|>", "<|im_end|>", eos="<|im_end|>"))
+    assert trained(made, chat("a<|im_end|>b", "cd")) == [["d<|im_end|>"]]
+
+
+def test_a_question_is_asked_in_the_letters_that_were_trained() -> None:
+    made = renderer()
+    row = chat("O que é </s>?", "O fim.")
+    asked = question(Row("x:1", row), made, SourceConfig())
+    (example,) = made.render(Row("x:1", row))
+    assert asked is not None
+    assert list(asked.prompt) == example.tokens[: len(asked.prompt)].tolist()
 
 
 def test_an_answer_that_brings_its_end_does_not_get_two() -> None:
@@ -332,10 +383,21 @@ def test_a_base_model_gets_a_named_template() -> None:
     assert trained(alpaca, {"question": "ab", "answer": "cd"}) == [["cd</s>"]]
 
 
+def test_a_named_template_is_known_again() -> None:
+    tokenizer = byte_tokenizer(None)
+    assert renderer(tokenizer).template == renderer(tokenizer).template == "plain (the model has none)"
+    assert trained(renderer(tokenizer), {"prompt": "ab", "completion": "c"}) == [["c</s>"]], "and pairs stay pairs"
+    with pytest.raises(DataError, match="chatml needs the tokens"):
+        renderer(byte_tokenizer(None), chat_template="chatml")
+
+
 def test_a_template_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text(NO_END)
     assert trained(renderer(chat_template=str(path)), chat("Oi", "O gato mia.")) == [["O gato mia.</s>"]]
+    path.write_text("{% for m in messages %}\n{{ m.content }")
+    with pytest.raises(DataError, match=r"mine.jinja:2: not a Jinja template"):
+        renderer(chat_template=str(path))
 
 
 def test_the_question_is_what_leads_to_the_last_answer() -> None:

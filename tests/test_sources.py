@@ -200,6 +200,33 @@ def test_wrong_places(tmp_path: Path) -> None:
         SourceConfig(data="a", data_weights=(1.0, 2.0))
 
 
+def test_files_of_other_kinds_are_recognised(tmp_path: Path) -> None:
+    for name, raw, what in (
+        ("a.csv", b"PK\x03\x04...", "Excel"),
+        ("a.jsonl", "{}".encode("utf-16"), "UTF-16; save it as UTF-8"),
+        ("b.jsonl", gzip.compress(b"{}"), "gzip; name it .gz"),
+    ):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(DataError, match=what):
+            rows_of(tmp_path / name)
+    (tmp_path / "c.jsonl").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
+    assert [value for _, value in good(tmp_path / "c.jsonl")] == ROWS, "a list under the name of JSONL"
+
+
+def test_rows_of_two_folders_have_ids_of_their_own(tmp_path: Path) -> None:
+    """And a # in a name is no part."""
+    for name in ("a#1", "b#2"):
+        (tmp_path / name).mkdir()
+        rows = [{"prompt": f"{name} {number}?", "completion": str(number)} for number in range(20)]
+        (tmp_path / name / "train.jsonl").write_bytes(jsonl(rows))
+    corpus = gather_from(tmp_path / "a#1", tmp_path / "b#2", validation_share=0.2)
+    ids = [made.id(number) for made in corpus.sets.values() for number in range(len(made))]
+    assert len(set(ids)) == 40
+    assert len(corpus.questions(100)) == len(corpus.valid) == 8
+    (tmp_path / "line.json").write_text(json.dumps(rows))
+    assert len({row.id for row in rows_of(tmp_path / "line.json")}) == 20, "all in one line"
+
+
 def test_several_sources_with_weights(tmp_path: Path) -> None:
     for name, count in (("a", 30), ("b", 10)):
         rows = [{"prompt": f"{name} {number}?", "completion": f"{name}."} for number in range(count)]
@@ -303,8 +330,22 @@ def test_columns_of_other_names() -> None:
     fields = {"prompt": "input", "completion": "target"}
     assert understand(Row("x:1", {"input": "a", "target": "b"}), "auto", fields) == ("prompt", Pair("a", "b"))
     assert understand(Row("x:1", {"prompt": "a", "completion": "b"}), "auto", fields) == ("prompt", Pair("a", "b"))
-    with pytest.raises(RowError, match="none of the columns 'input', 'target' of fields is here; 'x' came"):
+    with pytest.raises(RowError, match="fields: no column 'input', 'target' is here; 'x' came"):
         understand(Row("x:1", {"x": "a"}), "auto", fields)
+
+    with pytest.raises(RowError, match="no column 'inputt' is here"):
+        understand(Row("x:1", {"input": "a", "target": "b"}), "auto", {"prompt": "inputt", "completion": "target"})
+    with pytest.raises(ConfigError, match="fields: 'promt' came, names of answer, completion"):
+        SourceConfig(data="a", fields={"promt": "input"})
+
+
+def test_marks_in_tables_and_on_rows() -> None:
+    row = {"prompt": "a", "completion": "b"}
+    marks = [understand(Row("x:1", row | {"train": told}))[1].marks for told in ("", "true", "False", "[[0, 1]]")]  # type: ignore[union-attr]
+    assert marks == [None, True, False, ((0, 1, 1.0),)]
+    _, talk = understand(Row("x:1", message() | {"train": False}))
+    assert isinstance(talk, Talk)
+    assert [turn.marks for turn in talk.turns] == [False, False]
 
 
 def test_calls_get_ids_and_arguments_become_objects() -> None:
@@ -333,10 +374,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no keys": ({}, "no keys came"),
     "other keys": ({"frage": "a"}, "'frage' came, .* --fields"),
     "empty conversation": ({"messages": []}, r"messages: \[\] came"),
-    "null": ({"messages": None}, "messages: None came"),
-    "null message": ({"messages": [None]}, r"messages\[0\]: None came"),
+    "null": ({"messages": None}, "messages: nothing came"),
+    "null message": ({"messages": [None]}, r"messages\[0\]: nothing came"),
     "unknown role": (message(role="bot"), r"messages\[1\].role: 'bot' came, one of system, user, assistant, tool"),
-    "null content": (message(content=None), r"messages\[1\].content: None came"),
+    "null content": (message(content=None), r"messages\[1\].content: nothing came"),
     "number content": (message(content=3), r"messages\[1\].content: 3 came"),
     "image": (message(content=[{"type": "image_url"}]), "parts of the kind image_url came"),
     "empty answer": (message(content="  "), "an empty answer"),
@@ -355,13 +396,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "only the assistant calls",
     ),
     "calls no list": (message(tool_calls={"name": "f"}), "a list of calls is expected"),
-    "call without name": (message(tool_calls=[{"function": {}}]), r"tool_calls\[0\].name: None came"),
+    "call without name": (message(tool_calls=[{"function": {}}]), r"tool_calls\[0\].name: nothing came"),
     "arguments no object": (message(tool_calls=[{"name": "f", "arguments": "x"}]), r"arguments: 'x' came"),
     "tools no list": (message() | {"tools": {"a": 1}}, "tools: .* came, a list"),
     "unknown sender": ({"conversations": [{"from": "alien", "value": "a"}]}, r"conversations\[0\].from: 'alien' came"),
     "call no json": ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "a call as JSON is expected"),
-    "no completion": ({"prompt": "a"}, "completion: None came"),
-    "no output": ({"instruction": "a"}, "output: None came"),
+    "no completion": ({"prompt": "a"}, "completion: nothing came"),
+    "no output": ({"instruction": "a"}, "output: nothing came"),
     "input a number": ({"instruction": "a", "input": 3, "output": "b"}, "input: 3 came"),
     "nan weight": (message() | {"weight": float("nan")}, "weight: nan came, a number from 0"),
     "negative weight": (message(weight=-1), r"messages\[1\].weight: -1 came"),

@@ -280,13 +280,14 @@ def test_every_file_in_examples_is_a_configuration() -> None:
 
 def test_a_stream_and_a_template_of_its_own_train(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows are read as they come; the template travels with the run, for whoever uses the adapters."""
-    settings = {"streaming": True, "shuffle_buffer": 8, "max_steps": 2, "chat_template": "chatml", "score_questions": 1}
+    settings = {"streaming": True, "shuffle_buffer": 8, "max_steps": 2, "chat_template": "alpaca", "score_questions": 1}
     result = train(replace(config, **settings, max_answer_tokens=2))  # type: ignore[arg-type]
     out = capsys.readouterr().out
     assert "2 updates of 8 examples, from a stream" in out
-    assert "template    chatml" in out
+    assert "template    alpaca" in out
     assert result.summary["steps"] == 2
     template = (Path(config.output_dir) / "chat_template.jinja").read_text()
-    assert "<|im_start|>" in template
+    assert "### Response" in template
     account = json.loads((Path(config.output_dir) / "data_account.json").read_text())
-    assert "train" not in account["examples"], "a stream is not counted beforehand"
+    assert "train" not in account["sizes"], "a stream is not counted beforehand"
+    assert account["train"]["rows"] >= 8, "but afterwards, as far as it was read"

@@ -21,7 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if problem := missing_mlx():
             print(f"mlx-qlora: {problem}", file=sys.stderr)
             return 2
-        return int(import_module(VERBS[verb][0]).main(rest))
+        try:
+            return int(import_module(VERBS[verb][0]).main(rest))
+        except KeyboardInterrupt:  # while everything is being imported
+            print(f"mlx-qlora {verb}: interrupted", file=sys.stderr)
+            return 130
     if verb == "--version":
         from importlib.metadata import version
 

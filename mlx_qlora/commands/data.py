@@ -15,7 +15,7 @@ from mlx_qlora.data.audit import audit
 from mlx_qlora.data.corpus import gather
 from mlx_qlora.data.render import RenderConfig
 from mlx_qlora.data.sources import SourceConfig
-from mlx_qlora.errors import ConfigError
+from mlx_qlora.errors import ConfigError, require
 from mlx_qlora.look.account import page, shown
 from mlx_qlora.look.console import Console, answered
 from mlx_qlora.model.load import load_tokenizer
@@ -29,6 +29,8 @@ class _Arguments(RenderConfig, SourceConfig):
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PATH")] = ()
     """What `train --data` would name: a folder, files, hub:owner/name, embedded."""
     data: Annotated[str | tuple[str, ...], tyro.conf.Suppress] = ()
+    streaming: Annotated[bool, tyro.conf.Suppress] = False
+    shuffle_buffer: Annotated[int, tyro.conf.Suppress] = 1
     model: str = ""
     """The model whose tokenizer and chat template count; a folder with only a tokenizer serves. Or: embedded."""
     seed: int = 0
@@ -41,8 +43,7 @@ class _Arguments(RenderConfig, SourceConfig):
     """Write the account for programs, too."""
 
     def __post_init__(self) -> None:
-        RenderConfig.__post_init__(self)
-        SourceConfig.__post_init__(self)
+        """Nothing: what is wrong is said in `_run`, outside of tyro's boxes."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -55,10 +56,12 @@ def main(arguments: Sequence[str]) -> int:
 def _run(given: _Arguments) -> int:
     if not given.model:
         raise ConfigError("--model is missing: a folder or hub name whose tokenizer and chat template count, or embedded.")
+    require((given.show >= 0, "show", given.show, "a whole number from 0"))
+    for name, path in (("html", given.html), ("json", given.json)):
+        if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+            raise ConfigError(f"--{name} {path}: a file in a folder that is there is expected.")
     own = {each.name: getattr(given, each.name) for each in fields(SourceConfig)}
-    if given.paths:
-        own["data"] = given.paths
-    source = SourceConfig(**own)
+    source = SourceConfig(**own | {"data": given.paths})
     render = RenderConfig(**{each.name: getattr(given, each.name) for each in fields(RenderConfig)})
     console = Console()
     corpus = gather(source, render, load_tokenizer(given.model), given.seed, console.preparing, strict=False)
@@ -73,8 +76,8 @@ def _run(given: _Arguments) -> int:
     if longest:
         console.fact("longest", ", ".join(f"{id} ({tokens:,})" for tokens, id in sorted(longest, reverse=True)[:3]))
     refused = [line for account in found.accounts.values() for line in account.refused]
-    if refused:
-        console.fact("refused", *refused)
+    if refused and not found.refusals:  # else they are said below
+        console.fact("skipped", *refused)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if found.sights and given.show:
         console.say(f"\n{'green' if colour else '⟦ ⟧'} is trained, the rest is what the model sees before:")

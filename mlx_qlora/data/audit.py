@@ -17,13 +17,14 @@ from mlx_qlora.data.corpus import Corpus
 from mlx_qlora.data.order import shuffled
 from mlx_qlora.data.prepare import KeptSet, row_of
 from mlx_qlora.data.render import Account
+from mlx_qlora.data.sources import SPLITS
 from mlx_qlora.data.templates import Tokenizer
 from mlx_qlora.records import Example
 
 _SHINGLE = 5  # tokens
 _ALIKE = 0.8  # share of shingles in common that makes near duplicates
 _BANDS, _ROWS = 8, 4  # of the minhash
-_MANY = 0.05  # shingles in more than this share of the examples are scaffolding
+_BEFORE, _OWN = 32, 512  # tokens before the first answer that are compared, and all that are
 _PAIRS = 5  # shown
 _READ = 300  # examples whose letters are looked at
 
@@ -37,10 +38,22 @@ class Likeness:
 
 
 @dataclass(frozen=True)
+class Size:
+    """How much of a split is used: of training what is left after validation rows are split off."""
+
+    rows: int
+    examples: int
+    tokens: int
+    supervised_tokens: int
+    longest: int  # before truncation, of all rows of its files
+
+
+@dataclass(frozen=True)
 class Leak:
-    """What a split has in common with training."""
+    """What a split has in common with training, or the test split with validation."""
 
     split: str
+    against: str
     same: Likeness  # the same tokens
     same_prompt: Likeness  # the same beginning up to the first trained token, another answer
     near: Likeness
@@ -65,7 +78,7 @@ class Audit:
     truncation: str
     validation: str
     accounts: dict[str, Account]
-    examples: dict[str, int]  # that are trained or validated with
+    sizes: dict[str, Size]
     shares: dict[str, tuple[float, float]]  # by source, with weights: share of an epoch, passes over its examples
     duplicates: Likeness
     near_duplicates: Likeness
@@ -78,11 +91,9 @@ class Audit:
 
     def to_json(self) -> dict[str, Any]:
         value = asdict(replace(self, accounts={}, sights=()))
-        train = self.accounts.get("train", Account())
+        train = value["sizes"].get("train", asdict(Size(0, 0, 0, 0, 0)))
         return {
-            "rows": train.rows,
-            "tokens": train.tokens,
-            "supervised_tokens": train.supervised_tokens,
+            **{name: train[name] for name in ("rows", "examples", "tokens", "supervised_tokens")},
             **{name: each for name, each in value.items() if name not in ("accounts", "sights")},
             **{split: account.to_json() for split, account in self.accounts.items()},
         }
@@ -94,21 +105,18 @@ def audit(corpus: Corpus, look_at: int = 20_000, show: int = 0) -> Audit:
     The same example again is looked for among a thousand times as many, the first ones.
     """
     train = corpus.train
-    others = {split: made for split, made in corpus.sets.items() if split != "train"}
-    sample = _sample(train, look_at) if train is not None else np.empty(0, np.int64)
-    tokens = [train[number].tokens for number in sample.tolist()] if train is not None else []
-    pools = {split: _sample(made, look_at) for split, made in others.items()}
-    pooled = [(split, int(number)) for split, numbers in pools.items() for number in numbers]
-    near = _near([*tokens, *(others[split][number].tokens for split, number in pooled)])
-    names = [train.id(number) for number in sample.tolist()] if train is not None else []
-    everywhere = [*names, *(others[split].id(number) for split, number in pooled)]
+    pool = _Pool(corpus.sets, look_at)
+    near = pool.near()
+    most = 1000 * look_at
+    leaks = tuple(
+        _leak(split, against, corpus.sets, most, [pair for pair in near if pair[0] == against and pair[2] == split])
+        for split, against in (("valid", "train"), ("test", "train"), ("test", "valid"))
+        if split in corpus.sets and against in corpus.sets
+    )
     # Examples of one row are alike by their making.
-    inside = [(a, b) for a, b in near if b < len(tokens) and row_of(names[a]) != row_of(names[b])]
-    leaks = []
-    for split, made in others.items():
-        mine = {len(tokens) + place for place, (own, _) in enumerate(pooled) if own == split}
-        across = {b: a for a, b in near if b in mine and a < len(tokens)}
-        leaks.append(_leak(split, train, made, 1000 * look_at, [(everywhere[a], everywhere[b]) for b, a in across.items()]))
+    inside = [
+        (a, b) for one, a, other, b in near if one == other == "train" and row_of(a) != row_of(b)
+    ]  # fmt: skip
     order = corpus.order
     return Audit(
         sources={
@@ -121,7 +129,7 @@ def audit(corpus: Corpus, look_at: int = 20_000, show: int = 0) -> Audit:
         truncation=corpus.render.truncation,
         validation=corpus.valid_from,
         accounts=corpus.accounts,
-        examples={split: len(made) for split, made in corpus.sets.items()},
+        sizes=_sizes(corpus),
         shares={
             source.name: (quota / order.length, quota / size)
             for source, quota, size in zip(corpus.sources, order.quotas, order.sizes, strict=False)
@@ -129,15 +137,26 @@ def audit(corpus: Corpus, look_at: int = 20_000, show: int = 0) -> Audit:
         }
         if order.weights and order.length
         else {},
-        duplicates=_same(train, 1000 * look_at) if train is not None else Likeness(0),
-        near_duplicates=Likeness(len({b for _, b in inside}), tuple((names[a], names[b]) for a, b in inside[:_PAIRS])),
-        looked_at=len(tokens),
-        leaks=tuple(leaks),
-        common_prefix_share=_common_prefixes(tokens),
+        duplicates=_same(train, most) if train is not None else Likeness(0),
+        near_duplicates=Likeness(len({b for _, b in inside}), tuple(inside[:_PAIRS])),
+        looked_at=pool.size("train"),
+        leaks=leaks,
+        common_prefix_share=_common_prefixes(pool.tokens("train")),
         scripts=_scripts(train, corpus.renderer.tokenizer) if train is not None else {},
         refusals=corpus.refusals,
         sights=sights(train, corpus.renderer.tokenizer, show) if train is not None else (),
     )
+
+
+def _sizes(corpus: Corpus) -> dict[str, Size]:
+    sizes = {}
+    split_off = len(corpus.split_off or ())
+    for split, made in corpus.sets.items():
+        account = corpus.accounts.get(split) or corpus.accounts["train"]
+        rows = account.rows - split_off if split == "train" else split_off if split not in corpus.accounts else account.rows
+        longest = max(account.longest)[0] if account.longest else 0
+        sizes[split] = Size(rows, len(made), int(made.lengths.sum()), int(made.supervised.sum()), longest)
+    return {split: sizes[split] for split in SPLITS if split in sizes}
 
 
 def sights(examples: KeptSet, tokenizer: Tokenizer, most: int) -> tuple[Sight, ...]:
@@ -175,19 +194,19 @@ def _same(examples: KeptSet, most: int) -> Likeness:
     return Likeness(len(again), pairs)
 
 
-def _leak(split: str, train: KeptSet | None, made: KeptSet, most: int, near: list[tuple[str, str]]) -> Leak:
-    if train is None:
-        return Leak(split, Likeness(0), Likeness(0), Likeness(0))
-    same, same_ids = _in_common(train, np.asarray(train.hashes[:most]), made, np.asarray(made.hashes))
-    asked, asked_ids = _in_common(train, np.asarray(train.prompts[:most]), made, np.asarray(made.prompts))
+def _leak(split: str, against: str, sets: dict[str, KeptSet], most: int, near: list[tuple[str, str, str, str]]) -> Leak:
+    known, made = sets[against], sets[split]
+    same, same_ids = _in_common(known, np.asarray(known.hashes[:most]), made, np.asarray(made.hashes))
+    asked, asked_ids = _in_common(known, np.asarray(known.prompts[:most]), made, np.asarray(made.prompts))
     other_answer = [pair for pair, whole in zip(asked_ids, same[asked], strict=True) if not whole]
-    known = {id for _, id in same_ids}
-    rest = [pair for pair in near if pair[1] not in known]
+    exact = {id for _, id in same_ids}
+    rest = [(a, b) for _, a, _, b in near if b not in exact]
     return Leak(
         split,
+        against,
         Likeness(len(same_ids), tuple(same_ids[:_PAIRS])),
         Likeness(len(other_answer), tuple(other_answer[:_PAIRS])),
-        Likeness(len(rest), tuple(rest[:_PAIRS])),
+        Likeness(len({b for _, b in rest}), tuple(rest[:_PAIRS])),
     )
 
 
@@ -204,20 +223,38 @@ def _in_common(
 # Near
 
 
-def _near(pool: Sequence[NDArray[np.int32]]) -> list[tuple[int, int]]:
-    """Pairs (earlier, later) of examples that have most of their five-token shingles in common.
+class _Pool:
+    """Samples of all splits, with what is told of an example where it begins to answer."""
 
-    Shingles that stand in many examples (a system prompt, the scaffolding of a form) say nothing and are left out.
-    """
+    def __init__(self, sets: dict[str, KeptSet], most: int):
+        self._examples: list[tuple[str, str, NDArray[np.int32]]] = []  # (split, id, tokens)
+        self._own: list[NDArray[np.int32]] = []
+        for split, made in sets.items():
+            for number in _sample(made, most).tolist():
+                example = made[number]
+                self._examples.append((split, example.id, example.tokens))
+                # What stands long before the first answer, such as a system prompt, is the same for all.
+                begin = max(int(np.argmax(example.weights > 0)) - _BEFORE, 0)
+                self._own.append(example.tokens[begin : begin + _OWN])
+
+    def size(self, split: str) -> int:
+        return sum(own == split for own, _, _ in self._examples)
+
+    def tokens(self, split: str) -> list[NDArray[np.int32]]:
+        return [tokens for own, _, tokens in self._examples if own == split]
+
+    def near(self) -> list[tuple[str, str, str, str]]:
+        """(split, id, split, id) of examples that are nearly the same, the earlier first."""
+        pairs = ((self._examples[a], self._examples[b]) for a, b in _near(self._own))
+        return [(one[0], one[1], other[0], other[1]) for one, other in pairs if not np.array_equal(one[2], other[2])]
+
+
+def _near(pool: Sequence[NDArray[np.int32]]) -> list[tuple[int, int]]:
+    """Pairs (earlier, later) that have most of their five-token shingles in common, by minhash and then in truth."""
     if len(pool) < 2:
         return []
     owners, shingles = _shingles(pool)
-    _, inverse, counts = np.unique(shingles, return_inverse=True, return_counts=True)
-    telling = counts[inverse] <= max(10, int(_MANY * len(pool)))
-    owners, shingles = owners[telling], shingles[telling]
     held, starts = np.unique(owners, return_index=True)
-    if len(held) < 2:
-        return []
     rng = np.random.default_rng(1)
     ends = np.append(starts[1:], len(shingles))
     signature = np.empty((_BANDS * _ROWS, len(held)), np.uint64)
@@ -238,9 +275,7 @@ def _near(pool: Sequence[NDArray[np.int32]]) -> list[tuple[int, int]]:
             common = len(np.intersect1d(a, b, assume_unique=True))
             if common >= _ALIKE * (len(a) + len(b) - common):
                 found[second] = first
-    # The tokens themselves may be the same; those are counted elsewhere.
-    pairs = ((int(held[first]), int(held[second])) for second, first in sorted(found.items()))
-    return [(a, b) for a, b in pairs if not np.array_equal(pool[a], pool[b])]
+    return [(int(held[first]), int(held[second])) for second, first in sorted(found.items())]
 
 
 def _shingles(pool: Sequence[NDArray[np.int32]]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:

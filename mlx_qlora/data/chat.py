@@ -97,6 +97,7 @@ class Specials:
 
 
 _PRIVATE = re.compile("[\ue000-\ue003]")
+_TAIL = 24  # letters of an answer that must stand in the text; what comes before them may be thinking that is dropped
 _STEADY = 3  # conversations of the same roles, after which an earlier answer is no longer rendered for itself
 _NEVER = -(10**9)
 _ENDS = re.compile("\ue000\\d+\ue001")
@@ -120,6 +121,12 @@ class ChatRenderer:
     def render(self, talk: Talk, *, ask: bool = False) -> str:
         """The text of a conversation; `ask` adds what leads the model to answer."""
         return self._template([turn.shown for turn in talk.turns], talk.tools, ask=ask)
+
+    def prompt(self, talk: Talk) -> Piece:
+        """What leads the model to answer a conversation, in the letters that training has."""
+        escaped, talk = self._hidden(talk)
+        text = self.render(talk, ask=True)
+        return Piece(self.specials.shown(text) if escaped else text, [], escaped=escaped)
 
     def pieces(self, talk: Talk) -> list[Piece]:
         notes: list[str] = []
@@ -149,11 +156,8 @@ class ChatRenderer:
 
     def _pieces(self, talk: Talk, notes: list[str]) -> list[Piece]:
         write: Callable[..., str] = self.render
-        escaped = self.specials.in_letters("\0".join(_letters(talk)))
+        escaped, talk = self._hidden(talk)
         if escaped:
-            hidden = partial(_changed, change=self.specials.hidden)
-            turns = tuple(replace(turn, shown=hidden(turn.shown)) for turn in talk.turns)
-            talk = replace(talk, turns=turns, tools=tuple(map(hidden, talk.tools)) if talk.tools else None)
             notes = [*notes, "escaped"]
 
             def write(talk: Talk, *, ask: bool = False) -> str:
@@ -186,6 +190,8 @@ class ChatRenderer:
             text, begin = self._after_prompt(talk, place, prompt, done, write)
             end, ended = self._end(text, begin, escaped)
             text = text[:end]
+            if (said := self._letters(turn)[-_TAIL:]) and "tool_calls" not in turn.shown and said not in text[begin:]:
+                raise RowError(f"messages[{place}]: the chat template does not write this answer, or not as it stands.")
             spans = self._spans(talk, place, text, begin, marks, weight, escaped)
             eos = None if ended or not (marks is True or _reaches_end(marks, turn)) else weight
             home = next((piece for piece in pieces if ended and piece.text.startswith(text)), None)
@@ -199,6 +205,14 @@ class ChatRenderer:
         if not pieces:  # nothing of it is trained: an example without a target, so that it is counted
             return [Piece(whole, [], escaped=escaped, notes=notes)]
         return pieces[::-1]
+
+    def _hidden(self, talk: Talk) -> tuple[bool, Talk]:
+        """(whether letters of special tokens are in it, the conversation with stand-ins for them)."""
+        if not self.specials.in_letters("\0".join(_letters(talk))):
+            return False, talk
+        hidden = partial(_changed, change=self.specials.hidden)
+        turns = tuple(replace(turn, shown=hidden(turn.shown)) for turn in talk.turns)
+        return True, replace(talk, turns=turns, tools=tuple(map(hidden, talk.tools)) if talk.tools else None)
 
     def _stands_in(self, text: str, prompt: str, turn: Turn) -> tuple[int, int] | None:
         """Where an answer stands in a longer text letter by letter, right after its prompt, with an end after it."""
@@ -254,9 +268,9 @@ class ChatRenderer:
         turn = talk.turns[place]
         if marks is not True:
             return self._marked(turn, place, text, begin, marks or (), weight)
-        if not self._marks or escaped:
+        if not self._marks:
             return [Span(begin, len(text), weight)]
-        return self._generated(replace(talk, turns=talk.turns[: place + 1]), text, begin, weight)
+        return self._generated(replace(talk, turns=talk.turns[: place + 1]), text, begin, weight, escaped)
 
     def _marked(
         self, turn: Turn, place: int, text: str, begin: int, marks: Sequence[tuple[int, int, float]], weight: float
@@ -279,7 +293,7 @@ class ChatRenderer:
             spans.append(Span(max(start + span_begin, begin), end, weight * own, exact=False))
         return spans
 
-    def _generated(self, talk: Talk, text: str, begin: int, weight: float) -> list[Span]:
+    def _generated(self, talk: Talk, text: str, begin: int, weight: float, escaped: bool) -> list[Span]:
         """What the template itself marks with `{% generation %}`, and the end of the turn."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -293,6 +307,10 @@ class ChatRenderer:
             **self.tokenizer.special_tokens_map,
             **thinking,
         )
+        if escaped:
+            shown = self.specials.shown
+            blocks = [(len(shown(marked[:start])), len(shown(marked[:end]))) for start, end in blocks]
+            marked = shown(marked)
         if not marked.startswith(text):  # put together from the prompt and the answer
             return [Span(begin, len(text), weight)]
         own = [(max(start, begin), min(end, len(text))) for start, end in blocks]
@@ -300,7 +318,7 @@ class ChatRenderer:
         if not own:
             raise RowError("the chat template marks no {% generation %} in this answer, so nothing of it would be trained.")
         spans = [Span(start, end, weight, exact=start == begin) for start, end in own]
-        closing = _last(self.specials.pattern, text, begin)
+        closing = _last(_ENDS if escaped else self.specials.pattern, text, begin)
         if closing is not None and closing.end() == len(text) and spans[-1].end < len(text):
             spans.append(Span(max(closing.start(), spans[-1].end), len(text), weight, exact=False))
         return spans

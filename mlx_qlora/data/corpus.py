@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_qlora.data.layout import BatchConfig, streamed_updates, updates
 from mlx_qlora.data.order import Order, shuffled, updates_in
-from mlx_qlora.data.prepare import Chosen, Joined, KeptSet, Preparation, Prepared, iterate, row_of, split_off
+from mlx_qlora.data.prepare import MOST_SPLIT_OFF, Chosen, Joined, KeptSet, Preparation, Prepared, iterate, row_of, split_off
 from mlx_qlora.data.render import Account, Question, RenderConfig, Renderer, question
 from mlx_qlora.data.sources import SPLITS, File, Row, Source, SourceConfig, find, read
 from mlx_qlora.data.stream import stream
@@ -64,12 +64,13 @@ class Corpus:
         return list(iterate(self.valid))
 
     def train_sample(self) -> list[Example]:
-        """A fixed sample of the training examples, as large as the validation set."""
+        """A fixed sample of the training examples, as large as the validation set, if that is not very large."""
+        most = min(len(self.valid), MOST_SPLIT_OFF)
         if self.train is None:
             following = stream(self.sources, self.config, self.render, self.renderer, self.seed, Bookmark())
-            return [next(following)[0] for _ in range(len(self.valid))]
+            return [next(following)[0] for _ in range(most)]
         count = len(self.train)
-        numbers = shuffled(np.arange(min(count, len(self.valid))), count, (self.seed, 0x5A3))
+        numbers = shuffled(np.arange(min(count, most)), count, (self.seed, 0x5A3))
         return [self.train[number] for number in numbers.tolist()]
 
     def questions(self, most: int) -> list[Question]:
@@ -95,9 +96,10 @@ def gather(
     seed: int,
     progress: Callable[[int], None] = lambda rows: None,
     strict: bool = True,
+    sources: tuple[Source, ...] | None = None,
 ) -> Corpus:
     """Everything from the files to the order of the examples. If `strict`, raises what training is refused for."""
-    sources = find(config)
+    sources = find(config) if sources is None else sources
     renderer = Renderer(tokenizer, render, config)
     preparation = Preparation(config, render, renderer, config.data_cache, progress, strict)
     prepared: dict[str, tuple[Prepared, ...]] = {}

@@ -81,6 +81,13 @@ def understand(row: Row, format: Format = "auto", fields: Mapping[str, str] | No
     value = _renamed(row.value, fields or {})
     name = _recognise(value) if format == "auto" else format
     meaning = _READERS[name](value)
+    if isinstance(meaning, Talk) and (name in ("messages", "sharegpt")) and "train" in value:
+        marks = _marks(value["train"], "train")
+        if isinstance(marks, tuple):
+            raise RowError("train: spans belong on a message; on the row of a conversation true or false is expected.")
+        meaning = (
+            replace(meaning, turns=tuple(replace(turn, marks=False) for turn in meaning.turns)) if marks is False else meaning
+        )
     return name, replace(meaning, weight=_weight(value["weight"], "weight")) if "weight" in value else meaning
 
 
@@ -107,14 +114,17 @@ def _recognise(value: Mapping[str, Any]) -> str:
     raise RowError(f"{found} came, {', '.join(others)} or {last} is expected. Columns of other names: --fields.")
 
 
+_OPTIONAL = ("input", "system", "tools", "weight", "train")  # a row may lack them
+
+
 def _renamed(value: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
     """The row with its columns under the names that are known here."""
     if not fields:
         return value
     given = {own: value[theirs] for own, theirs in fields.items() if theirs in value}
-    if not given and not any(own in value for own in fields):
+    if lacking := [theirs for own, theirs in fields.items() if not {own, theirs} & value.keys() and own not in _OPTIONAL]:
         found = ", ".join(repr(key) for key in list(value)[:8]) or "no keys"
-        raise RowError(f"none of the columns {', '.join(map(repr, fields.values()))} of fields is here; {found} came.")
+        raise RowError(f"fields: no column {', '.join(map(repr, lacking))} is here; {found} came.")
     gone = {theirs for own, theirs in fields.items() if theirs in value and theirs != own}
     return {key: each for key, each in value.items() if key not in gone} | given
 
@@ -375,7 +385,8 @@ def _weight(value: Any, place: str) -> float:
 
 def _marks(value: Any, place: str) -> Marks:
     """`true`, `false`, or spans of characters as [begin, end] or [begin, end, weight]."""
-    value = _from_json(value)
+    value = {"": None, "true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+    value = _from_json(value)  # in a table it stands as text
     if value is None or isinstance(value, bool):
         return value
     if not isinstance(value, list):
@@ -401,4 +412,4 @@ def _from_json(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return f"{value!r:.60}"
+    return "nothing" if value is None else f"{value!r:.60}"

@@ -8,6 +8,8 @@ checksum that is looked at whenever it is read.
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import json
 import os
@@ -33,7 +35,7 @@ from mlx_qlora.errors import DataError
 from mlx_qlora.records import Example
 
 _FOLDER = ".mlx_qlora"
-_KEPT = 6  # prepared folders beside a data set
+_KEPT = 6  # prepared folders of the same files, for other settings
 _INDEX = np.dtype(
     [
         ("token", "<u8"), ("span", "<u8"), ("line", "<u8"), ("hash", "<u8"), ("prompt", "<u8"), ("length", "<u4"),
@@ -226,17 +228,19 @@ class Preparation:
     def prepare(self, source: Source, split: str) -> tuple[Prepared, bool]:
         """(the examples of a source's split, whether they were there already).
 
-        If `strict`, raises what training is refused for; nothing is kept then.
+        If `strict`, raises what training is refused for; nothing is kept then. The test split trains nothing.
         """
         files = source.files[split]
         folder = self._folder(source, files)
+        judged = self.strict and split != "test"
         if folder is not None and (found := self._open(folder, files)) is not None:
-            self._judge(found.account, files)
+            if judged:
+                self._judge(found.account, files)
             return found, True
-        return self._make(folder, files), False
+        return self._make(folder, files, judged), False
 
     def _judge(self, account: Account, files: Sequence[File]) -> None:
-        if self.strict and (reason := self.refusal(account, files)):
+        if reason := self.refusal(account, files):
             raise DataError(reason)
 
     def refusal(self, account: Account, files: Sequence[File]) -> str | None:
@@ -261,18 +265,19 @@ class Preparation:
     def _folder(self, source: Source, files: Sequence[File]) -> Path | None:
         if self.keep == "off" or (source.beside is None and not self.keep and all(isinstance(f, DiskFile) for f in files)):
             return None
-        name = f"{files[0].name.split('.')[0].replace('/', '_')[:40]}-{self._key(files)}"
-        if self.keep:
-            return Path(self.keep).expanduser() / name
-        if source.beside is not None and os.access(source.beside, os.W_OK):
+        kept = _FOLDER in os.listdir(source.beside) if source.beside is not None else False
+        beside = not self.keep and source.beside is not None and (kept or os.access(source.beside, os.W_OK))
+        first = Path(files[0].name).name.split(".")[0]
+        name = f"{first}-{_digest(' '.join(file.name for file in files).encode())[:4]}-{self._key(files, not beside)}"
+        if beside and source.beside is not None:
             return source.beside / _FOLDER / name
-        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(cache).expanduser() / "mlx_qlora" / name
+        cache = self.keep or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "mlx_qlora"
+        return Path(cache).expanduser() / name
 
-    def _key(self, files: Sequence[File]) -> str:
+    def _key(self, files: Sequence[File], elsewhere: bool) -> str:
         told = {
-            "paths": [getattr(file, "path", Path(file.name)).absolute().as_posix() for file in files],
             "names": [file.name for file in files],
+            "paths": [str(file.path.absolute()) for file in files if isinstance(file, DiskFile)] if elsewhere else [],
             "render": asdict(self.render),
             "rows": [self.source.format, self.source.fields],
             "tokenizer": _tokenizer_digest(self.renderer.tokenizer),
@@ -284,39 +289,48 @@ class Preparation:
         """What lies in the folder, if it is whole and of this content."""
         try:
             manifest = _read_manifest(folder)
+            renewed = False
             for name, kept in manifest["files"].items():
                 found = (folder / name).stat()
                 if found.st_size != kept["size"]:
                     return None
-                if found.st_mtime_ns != kept["time_ns"] and _crc(folder / name) != kept["crc"]:
+                if found.st_mtime_ns != kept["time_ns"]:  # copied, or written to
+                    if _crc(folder / name) != kept["crc"]:
+                        return None
+                    kept["time_ns"], renewed = found.st_mtime_ns, True
+            now = [file.fingerprint() for file in files]
+            if manifest["from"] != now:
+                if manifest["content"] != _content_digest(files) or now != [file.fingerprint() for file in files]:
                     return None
-            if manifest["from"] != [file.fingerprint() for file in files]:
-                if manifest["content"] != _content_digest(files):
-                    return None
-                manifest["from"] = [file.fingerprint() for file in files]
-                _write_manifest(folder, manifest)
-            os.utime(folder)
-            return Prepared(folder, manifest)
+                manifest["from"], renewed = now, True
+            made = Prepared(folder, manifest)
+            with suppress(OSError):  # a folder that may only be read serves all the same
+                if renewed:
+                    _write_manifest(folder, manifest)
+                os.utime(folder)
+            return made
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def _make(self, folder: Path | None, files: Sequence[File]) -> Prepared:
+    def _make(self, folder: Path | None, files: Sequence[File], judged: bool) -> Prepared:
         try:
-            if folder is not None:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent if folder else None))
-        except OSError as error:
-            where = "--data-cache FOLDER names another, --data-cache off keeps nothing"
-            raise DataError(
-                f"{folder and folder.parent}: prepared data can't be kept here: {error.strerror}; {where}."
-            ) from error
-        try:
-            manifest = self._write(aside, files)
-            self._judge(Account.from_json(manifest["account"]), files)
             if folder is None:
-                return Prepared(aside, manifest, passing=True)
+                aside = Path(tempfile.mkdtemp(prefix="mlx_qlora-"))
+            else:
+                aside = folder.parent / f".writing-{os.getpid()}-{time.time_ns()}"
+                aside.mkdir(parents=True)
+        except OSError as error:
+            raise _cant_keep(folder or Path(tempfile.gettempdir(), "x"), error) from error
+        try:
+            manifest = self._write(aside, files, judged)
+            if judged:
+                self._judge(Account.from_json(manifest["account"]), files)
+            made = Prepared(aside, manifest, passing=folder is None)  # what is mapped stays, whatever others do
+            if folder is None:
+                return made
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
+            made.folder = folder
         except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
             if folder is None:
@@ -326,13 +340,15 @@ class Preparation:
             # Another process may have made the same at the same time.
             if isinstance(error, OSError) and (found := self._open(folder, files)) is not None:
                 return found
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise _cant_keep(folder, error) from error
             raise
-        _forget_old(folder.parent)
-        return Prepared(folder, manifest)
+        _forget_old(folder)
+        return made
 
-    def _write(self, folder: Path, files: Sequence[File]) -> dict[str, Any]:
+    def _write(self, folder: Path, files: Sequence[File], judged: bool) -> dict[str, Any]:
         before = [file.fingerprint() for file in files]
-        account, refusals = Account(), Refusals(stop=self.strict and self.source.malformed == "raise")
+        account, refusals = Account(), Refusals(stop=judged and self.source.malformed == "raise")
         vocabulary = len(self.renderer.tokenizer) if hasattr(self.renderer.tokenizer, "__len__") else 2**31
         token_type = np.dtype("<u2") if vocabulary <= 2**16 else np.dtype("<u4")
         names: dict[str, int] = {}
@@ -485,13 +501,19 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _forget_old(folder: Path) -> None:
-    """Keep the prepared folders used last; what a killed preparation left an hour ago goes, too."""
+def _cant_keep(folder: Path, error: OSError) -> DataError:
+    where = "--data-cache FOLDER names another place, --data-cache off keeps nothing"
+    return DataError(f"{folder.parent}: prepared data can't be kept here: {error.strerror}; {where}.")
+
+
+def _forget_old(made: Path) -> None:
+    """Of the folders made of the same files keep those used last; what a killed preparation left an hour ago goes, too."""
+    folder, same = made.parent, made.name.rpartition("-")[0]
     for left in folder.glob(".writing-*"):
         if time.time() - max((file.stat().st_mtime for file in left.iterdir()), default=left.stat().st_mtime) > _STALE_S:
             shutil.rmtree(left, ignore_errors=True)
-    made = [child for child in folder.iterdir() if (child / "manifest").exists() and not child.name.startswith(".")]
-    for old in sorted(made, key=lambda child: child.stat().st_mtime)[:-_KEPT]:
+    others = [child for child in folder.glob(f"{glob.escape(same)}-????????????????") if child != made]
+    for old in sorted(others, key=lambda child: child.stat().st_mtime)[: -_KEPT + 1]:
         shutil.rmtree(old, ignore_errors=True)
 
 

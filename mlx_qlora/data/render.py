@@ -123,7 +123,10 @@ def refused(account: Account, config: SourceConfig) -> str | None:
     """What to say if the refused rows end the run."""
     if config.malformed == "raise" and account.malformed:
         more = [f"... and {account.malformed - len(account.refused)} more"] if account.malformed > len(account.refused) else []
-        return "\n".join([*account.refused, *more, *([_SKIP] if account.malformed > 1 else [])])
+        hint = [_SKIP] if 1 < account.malformed < account.rows else []
+        return "\n".join([*account.refused, *more, *hint])
+    if account.rows and account.malformed == account.rows:
+        return f"none of the {account.rows:,} rows can be used; the first: {account.refused[0]}"
     if account.malformed > config.malformed_limit:
         limit = f"{account.malformed:,} rows can't be used, more than malformed_limit {config.malformed_limit:,}."
         return "\n".join([*account.refused, limit])
@@ -187,7 +190,7 @@ class Renderer:
 
     def prompt(self, talk: Talk) -> list[int]:
         """The tokens that lead the model to answer a conversation."""
-        return self._encoder.encode(self._chat.render(talk, ask=True))
+        return self._encoder.ids(self._chat.prompt(talk))
 
     def pair_prompt(self, text: str) -> list[int]:
         bos = self.tokenizer.bos_token_id

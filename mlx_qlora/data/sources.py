@@ -45,6 +45,13 @@ class BadRow:
     reason: str
 
 
+# What columns can be called.
+_KNOWN = {
+    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "question", "answer", "text",
+    "system", "tools", "weight", "train",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """Where the examples come from."""
@@ -84,6 +91,12 @@ class SourceConfig:
                 f"a number for each of {len(sources)} sources",
             ),
             (all(0 < weight < float("inf") for weight in weights), "data_weights", weights, "numbers above 0"),
+            (
+                not (other := set(self.fields) - _KNOWN),
+                "fields",
+                ", ".join(sorted(other)),
+                f"names of {', '.join(sorted(_KNOWN))}",
+            ),
             (len(set(sources)) == len(sources), "data", sources, "each source once (data_weights says how often)"),
         )
 
@@ -167,7 +180,8 @@ def _in_folder(folder: Path) -> dict[str, tuple[File, ...]]:
         if found:
             files[split] = _named(found)
     if "train" not in files:
-        holds = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
+        names_here = sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
+        holds = ", ".join(names_here[:8] + ["..."] * (len(names_here) > 8)) or "nothing"
         raise DataError(f"{folder}: no train.jsonl in this folder (it holds {holds}). Name a folder that has one, or a file.")
     return files
 
@@ -194,22 +208,37 @@ class DiskFile:
     def _open(self) -> IO[bytes]:
         return cast(IO[bytes], gzip.open(self.path)) if self.path.suffix == ".gz" else self.path.open("rb")
 
+    def _look(self) -> None:
+        """Say at once what a file of another kind is."""
+        with self.path.open("rb") as file:
+            start = file.read(4)
+        kinds = {b"PK\x03\x04": "a zip file or a table of Excel; save it as CSV", b"\xff\xfe": "UTF-16; save it as UTF-8",
+                 b"\xfe\xff": "UTF-16; save it as UTF-8", b"PAR1": "Parquet; name it .parquet"}  # fmt: skip
+        if self.path.suffix != ".gz":
+            kinds[b"\x1f\x8b"] = "gzip; name it .gz"
+        for begins, what in kinds.items():
+            if start.startswith(begins):
+                raise DataError(f"{self.path}: this is {what}.")
+
     def read(self) -> Iterator[Row | BadRow]:
         """The rows. What is wrong with the file as a whole is a `DataError`."""
         suffixes = [suffix for suffix in self.path.suffixes if suffix != ".gz"]
         suffix = suffixes[-1].lower() if suffixes else ".jsonl"
         if suffix not in _SUFFIXES:
-            raise DataError(f"{self.path}: {suffix} files are not read here; {', '.join(_SUFFIXES)} are, with .gz too.")
+            raise DataError(
+                f"{self.path}: {suffix} files are not read here; {', '.join(_SUFFIXES)} are, all but the last with .gz, too."
+            )
         try:
             if suffix == ".parquet":
                 yield from _parquet(self.path, self.name)
                 return
+            self._look()
             with self._open() as file:
                 if suffix in (".csv", ".tsv"):
                     yield from _csv(file, self.name)
-                elif suffix == ".json" and _first_letter(file) == b"[":
+                elif _first_letter(file) == b"[" and (suffix == ".json" or _goes_on(file)):
                     yield from _array(file, self.name)
-                elif suffix == ".json" and _is_one_object(file):
+                elif suffix == ".json" and _goes_on(file):
                     raise DataError(f"{self.path}: one object came; a list of rows, or a row a line, is expected.")
                 else:
                     yield from _lines(file, self.name)
@@ -225,12 +254,18 @@ def _first_letter(file: IO[bytes]) -> bytes:
     return start[:1]
 
 
-def _is_one_object(file: IO[bytes]) -> bool:
-    """Whether the first line begins an object that it does not end."""
-    line = file.readline(_MAX_LINE)
+def _goes_on(file: IO[bytes]) -> bool:
+    """Whether the first line begins a list or an object that it does not end."""
+    line = file.readline(_MAX_LINE).strip().removeprefix(b"\xef\xbb\xbf")
     more = file.read(1)
     file.seek(0)
-    return bool(more) and isinstance(_parsed(line, ":1", ended=True), BadRow) and line.strip().startswith(b"{")
+    if not more or line[:1] not in (b"[", b"{"):
+        return False
+    try:
+        _JSON.decode(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def _lines(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
@@ -337,7 +372,7 @@ def _csv(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
         if fields is None:
             return
         if not columns:
-            columns = [column.strip() for column in fields]
+            columns = [column.strip().lower() if column.strip().lower() in _KNOWN else column.strip() for column in fields]
             if len(set(columns)) < len(columns):
                 raise DataError(f"{name}:1: a column stands twice in {', '.join(columns)}; the first line names the columns.")
         elif len(fields) == len(columns):

@@ -49,6 +49,12 @@ def choose_template(tokenizer: Tokenizer, name: str) -> str:
         tokenizer.chat_template = TEMPLATES["plain"]
         return "plain (the model has none)"
     if name in TEMPLATES:
+        if name == "chatml" and tokenizer.convert_tokens_to_ids("<|im_end|>") in (
+            None,
+            getattr(tokenizer, "unk_token_id", None),
+        ):
+            wanted = "<|im_start|> and <|im_end|>"
+            raise DataError(f"chat_template: chatml needs the tokens {wanted}, which this tokenizer lacks; plain does not.")
         tokenizer.chat_template = TEMPLATES[name]
         return name
     path = Path(name).expanduser()
@@ -58,11 +64,25 @@ def choose_template(tokenizer: Tokenizer, name: str) -> str:
         raise DataError(
             f"chat_template: {name!r} came, {', '.join(TEMPLATES)} or a readable file with a Jinja template is expected."
         ) from error
+    _check_syntax(tokenizer, path)
     return name
 
 
+def _check_syntax(tokenizer: Tokenizer, path: Path) -> None:
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise DataError(f"{path}:{error.lineno}: not a Jinja template: {error.message}.") from error
+    except Exception:
+        pass
+
+
 def has_template(tokenizer: Tokenizer) -> bool:
-    return bool(getattr(tokenizer, "has_chat_template", False) or getattr(tokenizer, "chat_template", None))
+    """Whether a tokenizer has a template of its own; `plain` is one that it got here."""
+    own = getattr(tokenizer, "chat_template", None)
+    return own != TEMPLATES["plain"] and bool(getattr(tokenizer, "has_chat_template", False) or own)
 
 
 class Template:

@@ -59,6 +59,7 @@ class Encoder:
         self._specials = specials
         self._bos = tokenizer.bos_token_id
         self._eos = tokenizer.eos_token_id
+        self._unknown = getattr(tokenizer, "unk_token_id", None)
         stops = getattr(tokenizer, "eos_token_ids", None)  # mlx-lm's has a set of them
         self._stops = {self._eos, *(stops if isinstance(stops, set | list) else ())}
         self._fast: Any = _fast_backend(tokenizer)
@@ -80,6 +81,10 @@ class Encoder:
         if piece.escaped:
             return self._verified(piece, self._escaped(piece.text))
         return self._verified(piece, _Places(encoding) if encoding is not None else self._slow(piece.text))
+
+    def ids(self, piece: Piece) -> list[int]:
+        """A piece's tokens, without anything added."""
+        return self._encoded(piece.text, piece.escaped)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text without anything added."""
@@ -103,6 +108,8 @@ class Encoder:
         notes = piece.notes
         if self._bos is not None and ids[:2] == [self._bos, self._bos]:  # a template and its text both began
             ids, spans = ids[1:], [(first - 1, last - 1, weight) for first, last, weight in spans]
+        if self._unknown is not None and self._unknown in ids:
+            notes = [*notes, "unknown"]
         ends_in = ids[-1] if ids else None
         if piece.bos and self._bos is not None and ids[:1] != [self._bos]:
             ids, spans = [self._bos, *ids], [(first + 1, last + 1, weight) for first, last, weight in spans]
@@ -245,7 +252,7 @@ def _in_order(spans: list[tuple[int, int, float]]) -> list[tuple[int, int, float
     """Nothing of weight 0, nothing on token 0, neighbours of one weight joined; where two overlap the later counts."""
     made: list[tuple[int, int, float]] = []
     for first, last, weight in spans:
-        first = max(first, 1)  # nothing comes before the first token
+        first, weight = max(first, 1), float(np.float32(weight))  # nothing comes before the first token
         if made and first < made[-1][1]:
             return _untangled(spans)
         if weight and first < last:
@@ -281,7 +288,7 @@ def _borders(tokenizer: Tokenizer) -> frozenset[int]:
         for number, token in found.items()
         if token.special
         and not (token.single_word or token.lstrip or token.rstrip)
-        and number != tokenizer.unk_token_id  # stands for letters, too
+        and number != getattr(tokenizer, "unk_token_id", None)  # stands for letters, too
     )
 
 

@@ -6,7 +6,7 @@ import html
 from collections import Counter
 from collections.abc import Iterator
 
-from mlx_qlora.data.audit import Audit, Leak, Likeness, Sight
+from mlx_qlora.data.audit import Audit, Leak, Likeness, Sight, Size
 from mlx_qlora.data.render import WIDTHS, Account
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -16,7 +16,8 @@ _NOTES = {
     "escaped": "with letters of special tokens, read as letters; what is rendered already should be given as text",
     "obeyed": "of plain text with special tokens, which are obeyed there",
     "ended_already": "with an end-of-text of their own, which is not trained twice",
-    "own_examples": "in several examples, because the chat template writes earlier turns in another way later",
+    "own_examples": "in several examples: the chat template writes earlier turns in another way later, or has no end of turn",
+    "unknown": "with letters that this tokenizer does not know",
     "renamed_calls": "with ids of tool calls that the chat template refuses; they got others",
 }
 
@@ -39,15 +40,17 @@ def _known(audit: Audit) -> Iterator[tuple[str, str]]:
     account = audit.accounts.get("train")
     if account is not None and account.lengths:
         yield "lengths", _histogram(account)
-    among = "" if audit.looked_at >= audit.examples.get("train", 0) else f" (of {audit.looked_at:,} looked at)"
+    whole = audit.sizes["train"].examples if "train" in audit.sizes else 0
+    among = "" if audit.looked_at >= whole else f" (of {audit.looked_at:,} looked at)"
     if audit.looked_at:
         share = audit.common_prefix_share
         yield "beginnings", f"{share:.1%} of the tokens stand in beginnings in common{among}"
         again = _counted((audit.duplicates, "the same again"), (audit.near_duplicates, f"nearly the same{among}"))
         yield "repeats", again or f"none, and nothing nearly the same{among}"
-    leaks = {leak.split: _leaked(leak) for leak in audit.leaks}
-    yield "validation", "; ".join(filter(None, (audit.validation, leaks.get("valid"))))
-    if "test" in leaks:
+    leaks = {split: "; ".join(_leaked(leak, among) for leak in audit.leaks if leak.split == split) for split in audit.sizes}
+    streamed = "" if "train" in audit.sizes else "training rows are read as they come and not compared with it"
+    yield "validation", "; ".join(filter(None, (audit.validation, leaks.get("valid"), streamed)))
+    if leaks.get("test"):
         yield "test", leaks["test"]
     if audit.scripts:
         yield "letters", ", ".join(f"{name} {share:.0%}" for name, share in audit.scripts.items() if share >= 0.005)
@@ -66,26 +69,26 @@ _TRAINED = {
 }
 
 
+def training_notes(audit: Audit) -> list[str]:
+    return list(_notes(audit.accounts["train"], "training", audit))
+
+
 def _table(audit: Audit) -> list[str]:
     forms = {name: number for own in audit.accounts.values() for name, number in own.formats.items() if number > 0}
     only = next(iter(forms)) if len(forms) == 1 else ""
-    lines = [f"{only:<11}{'rows':>8}{'examples':>10}{'tokens':>13}{'trained':>12}{'':>7}{'longest':>8}"]
-    for split, own in audit.accounts.items():
+    lines = [f"{only:<11}{'rows':>8}{'examples':>10}{'tokens':>13}{'trained':>12}{'':>7} {'longest':>7}"]
+    for split, own in audit.sizes.items():
         lines.append(
             f"{_NAMES[split]:<11}{own.rows:>8,}{own.examples:>10,}{own.tokens:>13,}{own.supervised_tokens:>12,}"
-            f"{_share(own):>7}{_longest(own):>8,}"
+            f"{_share(own):>7} {own.longest:>7,}"
         )
     if len(forms) > 1:
         lines.append(f"{'forms':<11} {_forms(audit)}")
     return lines
 
 
-def _share(account: Account) -> str:
-    return f"{account.supervised_tokens / account.tokens:.1%}" if account.tokens else ""
-
-
-def _longest(account: Account) -> int:
-    return max(account.longest)[0] if account.longest else 0
+def _share(size: Size) -> str:
+    return f"{size.supervised_tokens / size.tokens:.1%}" if size.tokens else ""
 
 
 def _forms(audit: Audit) -> str:
@@ -107,13 +110,14 @@ def _from(width: int) -> int:
     return WIDTHS[place - 1] + 1 if place else 1
 
 
-def _leaked(leak: Leak) -> str:
+def _leaked(leak: Leak, among: str) -> str:
+    there = _NAMES[leak.against]
     found = _counted(
-        (leak.same, "in training too"),
-        (leak.same_prompt, "with a prompt of training and another answer"),
-        (leak.near, "nearly as in training"),
+        (leak.same, f"in {there} too"),
+        (leak.same_prompt, f"with a prompt of {there} and another answer"),
+        (leak.near, f"nearly as in {there}{among}"),
     )
-    return found or "nothing of it is in training"
+    return found or f"nothing of it is in {there}{among}"
 
 
 def _counted(*found: tuple[Likeness, str]) -> str:
@@ -144,7 +148,7 @@ def _notes(account: Account, name: str, audit: Audit) -> Iterator[str]:
     if account.below_minimum:
         yield f"{many(account.below_minimum, 'example')} with too few trained tokens (min_supervised_tokens), left out"
     if account.malformed:
-        yield f"{many(account.malformed)} that can't be used, such as {account.refused[0]}"
+        yield f"{many(account.malformed)} that can't be used"
     for note, number in account.notes.items():
         kind, _, detail = note.partition(":")
         if kind == "no_stop":
@@ -154,6 +158,11 @@ def _notes(account: Account, name: str, audit: Audit) -> Iterator[str]:
 
 
 # Examples
+
+# Control characters of the data as what they are, so that none of them reaches the terminal.
+_VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))} | {
+    code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 
 
 def shown(sight: Sight, colour: bool, before: Sight | None = None) -> str:
@@ -168,6 +177,7 @@ def shown(sight: Sight, colour: bool, before: Sight | None = None) -> str:
         same = len(_common(pieces[0][0], before.pieces[0][0]))
         if same > 200:
             pieces[0] = (f"[... {same} characters as above ...]{pieces[0][0][same:]}", False)
+    pieces = [(piece.translate(_VISIBLE), trained) for piece, trained in pieces]
     text = "".join(f"{begin}{piece}{end}" if trained else f"{dim}{piece}{plain}" for piece, trained in pieces)
     return f"{sight.id}\n{text}"
 
@@ -213,9 +223,9 @@ def page(audit: Audit, title: str) -> str:
         body.append("<p>Training would take this data as it is.</p>")
     head = "<tr><th></th><th>rows</th><th>examples</th><th>tokens</th><th>trained</th><th>share</th><th>longest</th></tr>"
     body.append(f'<div class="scroll"><table>{head}')
-    for split, own in audit.accounts.items():
-        numbers = (f"{number:,}" for number in (own.rows, own.examples, own.tokens, own.supervised_tokens))
-        cells = "".join(f"<td>{cell}</td>" for cell in (_NAMES[split], *numbers, _share(own), f"{_longest(own):,}"))
+    for split, size in audit.sizes.items():
+        numbers = (f"{number:,}" for number in (size.rows, size.examples, size.tokens, size.supervised_tokens))
+        cells = "".join(f"<td>{cell}</td>" for cell in (_NAMES[split], *numbers, _share(size), f"{size.longest:,}"))
         body.append(f"<tr>{cells}</tr>")
     body.append("</table></div>")
     account = audit.accounts.get("train")

@@ -13,7 +13,7 @@ from mlx_qlora.assets import EMBEDDED, embedded_model
 from mlx_qlora.data.audit import Audit
 from mlx_qlora.engine.optim import OptimConfig
 from mlx_qlora.errors import MlxQloraError
-from mlx_qlora.look.account import facts
+from mlx_qlora.look.account import facts, training_notes
 from mlx_qlora.look.evaluate import Answered, Scores
 from mlx_qlora.look.gap import GapAnalysis, grade
 from mlx_qlora.model.lora import Attached
@@ -99,6 +99,12 @@ class Console:
             self._line_open = False
         for name, lines in facts(audit):
             self.fact(name, *lines)
+
+    def streamed(self, audit: Audit) -> None:
+        """What became of the rows of a stream, as far as they were read in one epoch."""
+        account = audit.accounts["train"]
+        read = f"{account.rows:,} rows read in an epoch, {account.examples:,} examples"
+        self.fact("stream", f"{read}, {account.supervised_tokens:,} trained tokens", *training_notes(audit))
 
     def plan(self, optim: OptimConfig, per_update: int, per_epoch: int | None, total: int, eval_every: int) -> None:
         warmup = f" after {optim.warmup_steps:,} of warm-up" if optim.warmup_steps else ""

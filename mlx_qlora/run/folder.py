@@ -25,6 +25,9 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     """Raise if the folder can't be used: it holds another run, or is no folder. Changes nothing."""
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"output_dir: {folder} is a file; name a folder.")
+    there = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise RunFolderError(f"output_dir: {folder} can't be written: {there} is no folder that may be. Name another folder.")
     held = [name for name in (*_OWN_FILES, *_OWN_FOLDERS) if (folder / name).exists()]
     if held and not overwrite:
         raise RunFolderError(
