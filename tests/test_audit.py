@@ -151,6 +151,16 @@ def test_many_rows_that_are_nearly_the_same(tmp_path: Path) -> None:
     assert found.leaks[0].same.count == 2
 
 
+def test_near_leaks_of_several_rows_and_splits(tmp_path: Path) -> None:
+    near = [asked("Quando é o torneio?", LONG.replace("nove", word)) for word in ("dez", "oito", "sete", "seis")]
+    other = [asked(f"Qual é o número {n}?", f"É {n * 37}.") for n in range(12)]
+    folder = write(tmp_path / "d", train=[*other, near[0]], valid=near[1:3], test=near[3:])
+    found = audit(gather(SourceConfig(data=str(folder)), RenderConfig(), load_tokenizer("embedded"), seed=0))
+    assert {(leak.split, leak.against): leak.near.count for leak in found.leaks} == {
+        ("valid", "train"): 2, ("test", "train"): 1, ("test", "valid"): 1,
+    }  # fmt: skip
+
+
 def test_control_characters_do_not_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "data", train=[asked("a\x1b[31mb\u202ec", "d")] * 2)
     out = run(str(folder), "--model", "embedded", capsys=capsys)

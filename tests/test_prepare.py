@@ -109,6 +109,37 @@ def test_other_settings_tokenizer_or_template_make_other_examples(folder: Path, 
     assert not gather(SourceConfig(data=str(folder)), RenderConfig(), other, seed=0).warm
 
 
+def test_pairs_that_are_no_chats_and_greatest_ids(folder: Path) -> None:
+    from tests.test_render import byte_tokenizer
+
+    (folder / "train.jsonl").write_text('{"prompt": "ab", "completion": "cd"}\n' * 3)
+    base = byte_tokenizer(None)
+    plain = gather(SourceConfig(data=str(folder)), RenderConfig(), base, seed=0)
+    named = gather(SourceConfig(data=str(folder)), RenderConfig(chat_template="plain"), byte_tokenizer(None), seed=0)
+    assert base.decode(plain.sets["train"][0].tokens.tolist()) == "<s>abcd</s>"
+    assert "User: ab" in base.decode(named.sets["train"][0].tokens.tolist())
+    far = byte_tokenizer(None)
+    far.get_vocab = lambda: {"x": 70_000}
+    assert prepare._greatest_id(far) == 70_000
+    wide = gather(SourceConfig(data=str(folder), data_cache="off"), RenderConfig(), far, seed=0)
+    assert wide.sets["train"][0].tokens.tolist() == plain.sets["train"][0].tokens.tolist()
+
+
+def test_rows_that_come_while_the_file_is_read_are_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = prepare._content_digest
+
+    def late(files: Any) -> str:
+        with (folder / "train.jsonl").open("a") as file:
+            file.write('{"text": "late"}\n')
+        return real(files)
+
+    monkeypatch.setattr(prepare, "_content_digest", late)
+    with pytest.raises(DataError, match="changed while it was read"):
+        corpus(folder)
+    monkeypatch.undo()
+    assert len(corpus(folder).sets["train"]) == 61
+
+
 def test_only_a_few_are_kept(folder: Path) -> None:
     for length in range(100, 110):
         corpus(folder, render=RenderConfig(max_seq_length=length))

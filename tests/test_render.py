@@ -271,6 +271,45 @@ def test_a_template_that_loses_the_answers_is_refused() -> None:
         made.render(Row("x:1", chat("ab", "cd")))
 
 
+PHI_3 = (  # after the last turn one more token, which no turn ends in
+    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def test_a_turn_ends_in_what_ends_it_in_the_middle_too() -> None:
+    made = renderer(byte_tokenizer(PHI_3, "<|user|>", "<|assistant|>", "<|end|>", eos="<|endoftext|>", bos=None))
+    assert trained(made, chat("ab", "cd", "ef", "gh")) == [["cd<|end|>", "gh<|end|>"]]
+    row = {"messages": [{"role": "assistant", "content": "a"}, *chat("ab", "cd")["messages"]]}
+    assert trained(made, row) == [["a<|end|>", "cd<|end|>"]]
+    assert trained(made, chat("a<|end|>b", "cd")) == [["cd<|end|>"]]
+
+
+def test_marked_spans_are_found_after_what_was_thought() -> None:
+    made = renderer(byte_tokenizer(THINKING, "<|im_start|>", "<|im_end|>", eos="<|im_end|>"), train_on=TrainOn.MARKED)
+    row = chat("2+2?", "4")
+    row["messages"][1].update(reasoning_content="2+2 is 4, surely", train=[[0, 1]])
+    assert trained(made, row) == [["4<|im_end|>"]]
+    row["messages"][1].update(content="four", train=[[1, 3]])
+    assert trained(made, row) == [["ou"]]
+    plain = renderer(byte_tokenizer(None))
+    (example,) = plain.render(Row("x:1", {"prompt": "ab", "completion": "cd", "train": [[0, 2, 0.5]]}))
+    assert example.weights.tolist() == [0, 0, 0, 0.5, 0.5, 0.5]
+
+
+def test_letters_of_special_tokens_in_names_are_letters() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    tokenizer = byte_tokenizer(template, "<|im_start|>", "<|im_end|>", eos="<|im_end|>")
+    row = chat("ab", "cd")
+    row["messages"][1]["tool_calls"] = [{"name": "f", "arguments": {"<|im_end|>": "x"}}]
+    (example,) = renderer(tokenizer).render(Row("x:1", row))
+    assert example.tokens.tolist().count(tokenizer.eos_token_id) == 2
+
+
 # Special tokens
 
 
@@ -514,6 +553,13 @@ def test_a_real_mistral_sees_its_system_prompt_with_the_last_question() -> None:
 
 
 @needs_mistral
+def test_answers_of_a_real_mistral_that_are_letters_of_its_end() -> None:
+    made = renderer(AutoTokenizer.from_pretrained(MISTRAL))
+    for letter in ("s", "/", ">"):
+        assert trained(made, chat("Hi", letter, system="Be kind.")) == [[f"{letter}</s>"]]
+
+
+@needs_mistral
 def test_tool_calls_of_a_real_mistral() -> None:
     made = renderer(AutoTokenizer.from_pretrained(MISTRAL))
     call = {"id": "call_of_some_other_maker", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
@@ -567,6 +613,16 @@ def test_policies_for_long_rows() -> None:
     assert cut("error", 20) == []
     plain = renderer(byte_tokenizer(None), truncation="split", max_seq_length=4)
     assert texts(plain, {"text": "abcdefgh"}) == ["<s>abc", "<s>def", "<s>gh</s>"]
+
+
+def test_split_rows_train_what_the_whole_row_would() -> None:
+    tokenizer = byte_tokenizer("{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    row = chat("ab", "cd", "ef", "gh", "ij", "kl", system="S")
+    for policy, whole in ((TrainOn.LAST, 3), (TrainOn.ALL, 20)):
+        account = Account()
+        made = renderer(tokenizer, train_on=policy, truncation="split", max_seq_length=9)
+        assert sum(np.count_nonzero(e.weights) for e in made.examples([Row("x:1", row)], account, Refusals())) == whole
+        assert (account.long_supervised_lost, account.long_rows) == (0, 1)
 
 
 @settings(max_examples=60, deadline=None)

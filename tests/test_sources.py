@@ -296,6 +296,10 @@ def roles(talk: Any) -> list[tuple[str, str]]:
     return [(turn.role, turn.content) for turn in talk.turns]
 
 
+def message(**changes: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **changes}]}
+
+
 ASKED = [("user", "a"), ("assistant", "b")]
 MEANINGS: dict[str, tuple[dict[str, Any], str, list[tuple[str, str]]]] = {
     "messages": ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "messages", ASKED),
@@ -314,6 +318,11 @@ MEANINGS: dict[str, tuple[dict[str, Any], str, list[tuple[str, str]]]] = {
     ),
     "alpaca": ({"instruction": "a", "input": "", "output": "b", "text": "..."}, "alpaca", ASKED),
     "alpaca with input": ({"instruction": "a", "input": "x", "output": "b"}, "alpaca", [("user", "a\n\nx"), ("assistant", "b")]),
+    "system beside messages": (message() | {"system": "s"}, "messages", [("system", "s"), *ASKED]),
+    "prompt with system": ({"prompt": "a", "completion": "b", "system": "s"}, "prompt", [("system", "s"), *ASKED]),
+    "alpaca with history": (
+        {"instruction": "a", "output": "b", "history": [["x", "y"]]}, "alpaca", [("user", "x"), ("assistant", "y"), *ASKED],
+    ),
     "question": ({"question": "a", "answer": "b", "system": "s"}, "question", [("system", "s"), *ASKED]),
 }  # fmt: skip
 
@@ -364,10 +373,6 @@ def test_calls_get_ids_and_arguments_become_objects() -> None:
     call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"x": 1}}}
     assert talk.turns[1].shown == {"role": "assistant", "content": "", "tool_calls": [call]}
     assert talk.turns[2].shown == {"role": "tool", "content": "7", "tool_call_id": "call00001"}
-
-
-def message(**changes: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **changes}]}
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -25,6 +25,7 @@ _SHINGLE = 5  # tokens
 _ALIKE = 0.8  # share of shingles in common that makes near duplicates
 _BANDS, _ROWS = 8, 4  # of the minhash
 _BEFORE, _OWN = 32, 512  # tokens before the first answer that are compared, and all that are
+_COMPARED = 8  # examples of a group that the others are compared with
 _PAIRS = 5  # shown
 _READ = 300  # examples whose letters are looked at
 
@@ -229,7 +230,7 @@ class _Pool:
     def __init__(self, sets: dict[str, KeptSet], most: int):
         self._examples: list[tuple[str, str, NDArray[np.int32]]] = []  # (split, id, tokens)
         self._own: list[NDArray[np.int32]] = []
-        for split, made in sets.items():
+        for split, made in ((split, sets[split]) for split in SPLITS if split in sets):
             for number in _sample(made, most).tolist():
                 example = made[number]
                 self._examples.append((split, example.id, example.tokens))
@@ -245,12 +246,15 @@ class _Pool:
 
     def near(self) -> list[tuple[str, str, str, str]]:
         """(split, id, split, id) of examples that are nearly the same, the earlier first."""
-        pairs = ((self._examples[a], self._examples[b]) for a, b in _near(self._own))
+        pairs = ((self._examples[a], self._examples[b]) for a, b in _near(self._own, [split for split, _, _ in self._examples]))
         return [(one[0], one[1], other[0], other[1]) for one, other in pairs if not np.array_equal(one[2], other[2])]
 
 
-def _near(pool: Sequence[NDArray[np.int32]]) -> list[tuple[int, int]]:
-    """Pairs (earlier, later) that have most of their five-token shingles in common, by minhash and then in truth."""
+def _near(pool: Sequence[NDArray[np.int32]], labels: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs (earlier, later) that have most of their five-token shingles in common, by minhash and then in truth.
+
+    For each later one, one of each label at most.
+    """
     if len(pool) < 2:
         return []
     owners, shingles = _shingles(pool)
@@ -261,21 +265,27 @@ def _near(pool: Sequence[NDArray[np.int32]]) -> list[tuple[int, int]]:
     for row in range(len(signature)):
         factor, shift = (np.uint64(number) for number in rng.integers(1, 2**63, 2))
         signature[row] = np.minimum.reduceat((shingles * (factor | np.uint64(1))) ^ shift, starts)
-    found: dict[int, int] = {}
+    found: dict[tuple[str, int], int] = {}
+
+    def alike(first: int, second: int) -> bool:
+        a, b = shingles[starts[first] : ends[first]], shingles[starts[second] : ends[second]]
+        common = len(np.intersect1d(a, b, assume_unique=True))
+        return common >= _ALIKE * (len(a) + len(b) - common)
+
     for band in range(_BANDS):
         keys = np.zeros(len(held), np.uint64)
         for row in signature[band * _ROWS : (band + 1) * _ROWS]:
             keys = (keys ^ row) * np.uint64(0x9E3779B97F4A7C15)
         order = np.argsort(keys, kind="stable")
-        for before, after in pairwise(order):
-            first, second = sorted((int(before), int(after)))
-            if keys[before] != keys[after] or second in found:
-                continue
-            a, b = shingles[starts[first] : ends[first]], shingles[starts[second] : ends[second]]
-            common = len(np.intersect1d(a, b, assume_unique=True))
-            if common >= _ALIKE * (len(a) + len(b) - common):
-                found[second] = first
-    return [(int(held[first]), int(held[second])) for second, first in sorted(found.items())]
+        for group in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
+            members = sorted(int(one) for one in group)
+            for place, second in enumerate(members):
+                # Of each split the first few of the group; comparing all with all would be quadratic.
+                for first in members[: min(place, _COMPARED)]:
+                    pair = (labels[held[first]], second)
+                    if pair not in found and alike(first, second):
+                        found[pair] = first
+    return [(int(held[first]), int(held[second])) for (_, second), first in sorted(found.items(), key=lambda item: item[0][1])]
 
 
 def _shingles(pool: Sequence[NDArray[np.int32]]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:

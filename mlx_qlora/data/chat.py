@@ -100,6 +100,7 @@ _PRIVATE = re.compile("[\ue000-\ue003]")
 _TAIL = 24  # letters of an answer that must stand in the text; what comes before them may be thinking that is dropped
 _STEADY = 3  # conversations of the same roles, after which an earlier answer is no longer rendered for itself
 _NEVER = -(10**9)
+_PROBE = "probe 7391"
 _ENDS = re.compile("\ue000\\d+\ue001")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -113,6 +114,7 @@ class ChatRenderer:
         self.specials = Specials(tokenizer)
         self._template = Template(tokenizer)
         self._steady: dict[tuple[str, ...], int] = {}  # by roles: how often an earlier answer stood as it does at the end
+        self._closing: tuple[str, str] | None = None
         self._eos: str = getattr(tokenizer, "eos_token", None) or ""
         self._marks = isinstance(template := getattr(tokenizer, "chat_template", None), str) and bool(
             _GENERATION.search(template)
@@ -150,7 +152,11 @@ class ChatRenderer:
         def once(turn: Turn) -> Turn:
             if turn.role != "assistant" or not turn.content.rstrip().endswith(self._eos):
                 return turn
-            return replace(turn, shown={**turn.shown, "content": turn.content.rstrip().removesuffix(self._eos)})
+            content = turn.content.rstrip().removesuffix(self._eos)
+            marks = turn.marks
+            if isinstance(marks, tuple):
+                marks = tuple((begin, min(end, len(content)), weight) for begin, end, weight in marks if begin < len(content))
+            return replace(turn, shown={**turn.shown, "content": content}, marks=marks)
 
         return replace(talk, turns=tuple(map(once, talk.turns)))
 
@@ -187,13 +193,14 @@ class ChatRenderer:
                 pieces[0].spans.insert(0, Span(*earlier, weight))
                 continue
             done = whole if place == len(talk.turns) - 1 else write(Talk(talk.turns[: place + 1], talk.tools))
-            text, begin = self._after_prompt(talk, place, prompt, done, write)
+            text, begin = self._after_prompt(talk, place, prompt, done, write, escaped)
             end, ended = self._end(text, begin, escaped)
             text = text[:end]
             if (said := self._letters(turn)[-_TAIL:]) and "tool_calls" not in turn.shown and said not in text[begin:]:
                 raise RowError(f"messages[{place}]: the chat template does not write this answer, or not as it stands.")
             spans = self._spans(talk, place, text, begin, marks, weight, escaped)
-            eos = None if ended or not (marks is True or _reaches_end(marks, turn)) else weight
+            reached = 1.0 if marks is True else _at_end(marks, turn)
+            eos = None if ended or reached is None else weight * reached
             home = next((piece for piece in pieces if ended and piece.text.startswith(text)), None)
             if earlier:
                 agrees = home is pieces[0] and earlier == (begin, end)
@@ -223,7 +230,7 @@ class ChatRenderer:
         return (begin, closing.end()) if closing else None
 
     def _after_prompt(
-        self, talk: Talk, place: int, prompt: str | None, done: str, write: Callable[..., str]
+        self, talk: Talk, place: int, prompt: str | None, done: str, write: Callable[..., str], escaped: bool
     ) -> tuple[str, int]:
         """(the prompt of an answer with the answer, where the answer begins)."""
         if prompt is None:
@@ -233,7 +240,8 @@ class ChatRenderer:
         # Given, the answer stands after another text than the one it is asked for with. The end of that text, from the
         # last message on, must stand right before it all the same.
         asked, answer = self._letters(talk.turns[place - 1]), self._letters(talk.turns[place])
-        start, given = prompt.rfind(asked), done.rfind(answer)
+        closing = _last(_ENDS if escaped else self.specials.pattern, done, 0)
+        start, given = prompt.rfind(asked), done.rfind(answer, 0, closing.start() if closing else len(done))
         cut = done.rfind(prompt[start:], 0, given) if asked and answer and start >= 0 and given >= 0 else -1
         if cut < 0 or done[cut + len(prompt) - start : given].strip():
             raise RowError(
@@ -245,7 +253,12 @@ class ChatRenderer:
     def _greeting(self, talk: Talk, done: str, write: Callable[..., str]) -> int:
         """Where a first message begins that answers nothing: after what leads the model to speak."""
         asked = replace(talk, turns=(Turn("user", {"role": "user", "content": "?"}),), tools=None)
-        header = write(asked, ask=True).removeprefix(write(asked))
+        prompt, finished = write(asked, ask=True), write(asked)
+        same = next((n for n, (a, b) in enumerate(zip(prompt, finished, strict=False)) if a != b), len(finished))
+        inside = next(
+            (found.start() for found in self.specials.pattern.finditer(prompt) if found.start() < same < found.end()), same
+        )
+        header = prompt[inside:]
         place = done.find(header) + len(header) if header and header in done else done.find(self._letters(talk.turns[0]))
         if place < 0:
             raise RowError("messages[0]: the chat template hides where this first answer begins.")
@@ -258,11 +271,32 @@ class ChatRenderer:
 
     def _end(self, text: str, begin: int, escaped: bool) -> tuple[int, bool]:
         """(where the last turn ends, whether with a special token). What a template writes after that is not trained."""
-        pattern = _ENDS if escaped else self.specials.pattern
-        last = _last(pattern, text, begin)
+        if self._closing is None:
+            self._closing = self._how_turns_end()
+        closing, kept = (self.specials.shown(part) if escaped else part for part in self._closing)
+        if kept and text.endswith(closing) and len(text) - len(closing) >= begin:
+            return len(text) - len(closing) + len(kept), True
+        last = _last(_ENDS if escaped else self.specials.pattern, text, begin)
         if last is not None and not text[last.end() :].strip():
             return last.end(), True
         return begin + len(text[begin:].rstrip()), False
+
+    def _how_turns_end(self) -> tuple[str, str]:
+        """(what the template writes after a last answer, how much of it belongs to the turn): that which it writes after
+        an answer in the middle, too, up to a special token. Phi-3 writes `<|end|>` and, at the very end, one token more."""
+        ask, answer = (
+            Turn("user", {"role": "user", "content": "?"}),
+            Turn("assistant", {"role": "assistant", "content": _PROBE}),
+        )
+        try:
+            last, middle = (self.render(Talk(turns)).rpartition(_PROBE)[2] for turns in ((ask, answer), (ask, answer, ask)))
+        except RowError:
+            return "", ""
+        same = next(
+            (place for place, (a, b) in enumerate(zip(last, middle, strict=False)) if a != b), min(len(last), len(middle))
+        )
+        ends = [found.end() for found in self.specials.pattern.finditer(last) if found.end() <= same]
+        return (last, last[: ends[-1]]) if ends else ("", "")
 
     def _spans(self, talk: Talk, place: int, text: str, begin: int, marks: Marks, weight: float, escaped: bool) -> list[Span]:
         turn = talk.turns[place]
@@ -278,20 +312,23 @@ class ChatRenderer:
         content = turn.content
         if "\ue002" in content:
             raise RowError(f"messages[{place}].train: the content holds the letters of a special token; spans can't be placed.")
-        start = text.find(content, begin)
-        if start < 0 and (start := text.find(content.strip(), begin)) >= 0:
-            start -= len(content) - len(content.lstrip())
+        letters = content if content in text[begin:] else content.strip()
+        start = text.rfind(letters, begin)  # before it may stand what was thought
         if start < 0:
             raise RowError(f"messages[{place}].train: the chat template changes this text, so spans in it can't be placed.")
+        finish = start + len(letters)
+        start -= len(content) - len(content.lstrip()) if letters != content else 0
         spans = []
         for span_begin, span_end, own in marks:
             if span_end > len(content):
                 raise RowError(
                     f"messages[{place}].train: [{span_begin}, {span_end}] came, the text has {len(content)} characters."
                 )
-            end = len(text) if span_end == len(content) else start + span_end
-            spans.append(Span(max(start + span_begin, begin), end, weight * own, exact=False))
-        return spans
+            whole = span_end == len(content) and "tool_calls" not in turn.shown  # then the end of the turn, too
+            end = len(text) if whole else min(start + span_end, finish)
+            first = max(start + span_begin, begin)
+            spans.append(Span(first, end, weight * own, exact=first == begin))
+        return [span for span in spans if span.begin < span.end]
 
     def _generated(self, talk: Talk, text: str, begin: int, weight: float, escaped: bool) -> list[Span]:
         """What the template itself marks with `{% generation %}`, and the end of the turn."""
@@ -329,8 +366,10 @@ def _last(pattern: re.Pattern[str], text: str, begin: int) -> re.Match[str] | No
     return next(iter(deque(pattern.finditer(text, max(begin, len(text) - 96)), maxlen=1)), None)
 
 
-def _reaches_end(marks: Marks, turn: Turn) -> bool:
-    return isinstance(marks, tuple) and any(end == len(turn.content) for _, end, _ in marks)
+def _at_end(marks: Marks, turn: Turn) -> float | None:
+    """The weight of the span that reaches the end of an answer, if one does."""
+    spans = marks if isinstance(marks, tuple) else ()
+    return next((weight for _, end, weight in spans if end == len(turn.content)), None)
 
 
 def _letters(talk: Talk) -> list[str]:
@@ -345,7 +384,7 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        return [text for each in value.values() for text in _texts(each)]
+        return [text for pair in value.items() for each in pair for text in _texts(each)]
     return [text for each in value for text in _texts(each)] if isinstance(value, list) else []
 
 
@@ -353,5 +392,5 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _changed(each, change) for key, each in value.items()}
+        return {_changed(key, change): _changed(each, change) for key, each in value.items()}
     return [_changed(each, change) for each in value] if isinstance(value, list) else value

@@ -133,17 +133,23 @@ def _renamed(value: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]
 
 
 def _messages(value: Mapping[str, Any]) -> Talk:
-    return _talk(value, _list(value, "messages"), "messages")
+    return _with_system(value, _list(value, "messages"), "messages", "role", "content")
 
 
 def _sharegpt(value: Mapping[str, Any]) -> Talk:
-    messages = _list(value, "conversations")
+    return _with_system(value, _list(value, "conversations"), "conversations", "from", "value")
+
+
+def _with_system(value: Mapping[str, Any], messages: list[Any], key: str, role: str, content: str) -> Talk:
+    """A conversation whose system prompt may stand beside it."""
     system = value.get("system")
-    given = [{"from": "system", "value": system}] if isinstance(system, str) and system.strip() else []
-    return _talk(value, [*given, *messages], "conversations", first=-len(given))
+    given = [{role: "system", content: system}] if isinstance(system, str) and system.strip() else []
+    return _talk(value, [*given, *messages], key, first=-len(given))
 
 
-def _prompt(value: Mapping[str, Any]) -> Pair:
+def _prompt(value: Mapping[str, Any]) -> Meaning:
+    if value.get("system"):
+        return _exchange(value, _text(value, "prompt"), _text(value, "completion"))
     return Pair(_text(value, "prompt", empty=True), _text(value, "completion"), marks=_marks(value.get("train"), "train"))
 
 
@@ -152,7 +158,19 @@ def _alpaca(value: Mapping[str, Any]) -> Talk:
     if given is not None and not isinstance(given, str):
         raise RowError(f"input: {_shown(given)} came, a text is expected.")
     question = f"{instruction}\n\n{given}" if given and given.strip() else instruction
-    return _exchange(value, question, _text(value, "output"))
+    before: list[Turn] = []
+    for number, pair in enumerate(_from_json(value.get("history")) or []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowError(f"history[{number}]: {_shown(pair)} came, a question with its answer is expected.")
+        asked, answer = (_text({"history": text}, "history") for text in pair)
+        before += [_said("user", asked), _said("assistant", answer)]
+    talk = _exchange(value, question, _text(value, "output"))
+    place = len(talk.turns) - 2
+    return replace(talk, turns=(*talk.turns[:place], *before, *talk.turns[place:]))
+
+
+def _said(role: str, content: str) -> Turn:
+    return Turn(role, {"role": role, "content": content})
 
 
 def _question(value: Mapping[str, Any]) -> Talk:
@@ -216,8 +234,8 @@ def _turn(message: Any, place: str) -> Turn:
         if role != "assistant":
             raise RowError(f"{place}.tool_calls: only the assistant calls tools.")
         shown["tool_calls"] = _tool_calls(message["tool_calls"], place)
-    for key in ("name", "tool_call_id", "reasoning_content"):
-        if message.get(key) is not None:
+    for key in ("name", "tool_call_id", "reasoning_content", "thinking"):
+        if message.get(key) not in (None, ""):
             shown[key] = _text(message, key, place=f"{place}.")
     if role == "assistant" and not shown["content"].strip() and "tool_calls" not in shown:
         raise RowError(f"{place}.content: an empty answer; take the row out or give its answer.")

@@ -279,6 +279,7 @@ class Preparation:
             "names": [file.name for file in files],
             "paths": [str(file.path.absolute()) for file in files if isinstance(file, DiskFile)] if elsewhere else [],
             "render": asdict(self.render),
+            "chats": self.renderer.pairs_are_chats,
             "rows": [self.source.format, self.source.fields],
             "tokenizer": _tokenizer_digest(self.renderer.tokenizer),
             "code": _code_digest(),
@@ -349,8 +350,7 @@ class Preparation:
     def _write(self, folder: Path, files: Sequence[File], judged: bool) -> dict[str, Any]:
         before = [file.fingerprint() for file in files]
         account, refusals = Account(), Refusals(stop=judged and self.source.malformed == "raise")
-        vocabulary = len(self.renderer.tokenizer) if hasattr(self.renderer.tokenizer, "__len__") else 2**31
-        token_type = np.dtype("<u2") if vocabulary <= 2**16 else np.dtype("<u4")
+        token_type = np.dtype("<u2") if _greatest_id(self.renderer.tokenizer) < 2**16 else np.dtype("<u4")
         names: dict[str, int] = {}
         with (folder / "tokens.bin").open("wb") as tokens, (folder / "spans.bin").open("wb") as spans, (
             folder / "index.bin"
@@ -375,11 +375,12 @@ class Preparation:
             for file in (tokens, spans, index):
                 file.flush()
                 os.fsync(file.fileno())
+        content = _content_digest(files)
         if before != [file.fingerprint() for file in files]:
             raise DataError(f"{_where(files)}: the file changed while it was read. Start again once it is written.")
         manifest = {
             "from": before,
-            "content": _content_digest(files),
+            "content": content,
             "token_type": token_type.str,
             "names": list(names),
             "account": account.to_json(),
@@ -470,6 +471,10 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     more = map(str, (getattr(tokenizer, "chat_template", None), tokenizer.bos_token_id, tokenizer.eos_token_id))
     return _digest("\0".join((vocabulary, *more)).encode())
+
+
+def _greatest_id(tokenizer: Any) -> int:
+    return max(tokenizer.get_vocab().values()) if hasattr(tokenizer, "get_vocab") else 2**31
 
 
 def _code_digest() -> str:

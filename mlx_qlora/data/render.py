@@ -300,7 +300,7 @@ class Renderer:
 
     def _split(self, meaning: Meaning, limit: int) -> Iterator[Encoded]:
         """Parts that fit: a conversation at the user's turns, text anywhere. What fits no part comes too long."""
-        if isinstance(meaning, Plain):
+        if isinstance(meaning, Plain) or self.config.train_on is TrainOn.ALL:
             (whole,) = self._encode(self.pieces(meaning))
             begun = self._begins(whole)
             for start in range(begun, len(whole.tokens), limit - begun):
@@ -310,6 +310,10 @@ class Renderer:
         if not isinstance(talk, Talk):
             yield from self._encode(self.pieces(meaning))
             return
+        if self.config.train_on is TrainOn.LAST:  # of the row, not of each part
+            last = max(place for place, turn in enumerate(talk.turns) if turn.role == "assistant")
+            turns = tuple(turn if place == last else replace(turn, marks=False) for place, turn in enumerate(talk.turns))
+            talk = replace(talk, turns=turns)
         system = talk.turns[:1] if talk.turns[0].role == "system" else ()
         rest = talk.turns[len(system) :]
         asks = [place for place, turn in enumerate(rest) if turn.role == "user" and place] + [len(rest)]
@@ -355,8 +359,8 @@ class Renderer:
             return ([Span(begin, begin + len(text), weight)], weight) if marks else ([], 0.0)
         if outside := next((mark for mark in marks if mark[1] > len(text)), None):
             raise RowError(f"train: [{outside[0]}, {outside[1]}] came, the text has {len(text)} characters.")
-        spans = [Span(begin + start, begin + end, weight * own, exact=False) for start, end, own in marks]
-        return spans, weight if any(end == len(text) for _, end, _ in marks) else 0.0
+        spans = [Span(begin + start, begin + end, weight * own, exact=start == 0 and begin > 0) for start, end, own in marks]
+        return spans, weight * next((own for _, end, own in marks if end == len(text)), 0.0)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,9 @@ class Encoder:
         self._specials = specials
         self._bos = tokenizer.bos_token_id
         self._eos = tokenizer.eos_token_id
+        # Where one token begins and ends texts, the tokenizer says whether it puts it first.
+        both = self._bos is not None and self._bos == self._eos
+        self._begins = self._bos is not None and (not both or list(tokenizer.encode("a"))[:1] == [self._bos])
         self._unknown = getattr(tokenizer, "unk_token_id", None)
         stops = getattr(tokenizer, "eos_token_ids", None)  # mlx-lm's has a set of them
         self._stops = {self._eos, *(stops if isinstance(stops, set | list) else ())}
@@ -111,7 +114,7 @@ class Encoder:
         if self._unknown is not None and self._unknown in ids:
             notes = [*notes, "unknown"]
         ends_in = ids[-1] if ids else None
-        if piece.bos and self._bos is not None and ids[:1] != [self._bos]:
+        if piece.bos and self._begins and ids[:1] != [self._bos]:
             ids, spans = [self._bos, *ids], [(first + 1, last + 1, weight) for first, last, weight in spans]
         if piece.eos is not None and ends_in != self._eos:
             if self._eos is None:
