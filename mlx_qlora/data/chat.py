@@ -88,8 +88,11 @@ class Specials:
 
     def shown(self, rendered: str) -> str:
         """A rendered text in which special tokens have their private names and stand-ins are letters again."""
-        named = self.pattern.sub(lambda found: self.private_name(found[0]), rendered)
-        return re.sub("\ue002(\\d+)\ue003", lambda found: self.strings[int(found[1])], named)
+        return self.letters(self.pattern.sub(lambda found: self.private_name(found[0]), rendered))
+
+    def letters(self, text: str) -> str:
+        """A text with the letters themselves where they had stand-ins."""
+        return re.sub("\ue002(\\d+)\ue003", lambda found: self.strings[int(found[1])], text)
 
     def plain(self, text: str) -> str:
         """An escaped text as people read it."""
@@ -215,7 +218,7 @@ class ChatRenderer:
 
     def _hidden(self, talk: Talk) -> tuple[bool, Talk]:
         """(whether letters of special tokens are in it, the conversation with stand-ins for them)."""
-        if not self.specials.in_letters("\0".join(_letters(talk))):
+        if not self.specials.in_letters("\0".join(_brought(talk))):
             return False, talk
         hidden = partial(_changed, change=self.specials.hidden)
         turns = tuple(replace(turn, shown=hidden(turn.shown)) for turn in talk.turns)
@@ -254,7 +257,7 @@ class ChatRenderer:
         """Where a first message begins that answers nothing: after what leads the model to speak."""
         asked = replace(talk, turns=(Turn("user", {"role": "user", "content": "?"}),), tools=None)
         prompt, finished = write(asked, ask=True), write(asked)
-        same = next((n for n, (a, b) in enumerate(zip(prompt, finished, strict=False)) if a != b), len(finished))
+        same = in_common(prompt, finished)
         inside = next(
             (found.start() for found in self.specials.pattern.finditer(prompt) if found.start() < same < found.end()), same
         )
@@ -266,8 +269,7 @@ class ChatRenderer:
 
     def _letters(self, turn: Turn) -> str:
         """A message's content as it stands in a finished text."""
-        content = turn.content.strip()
-        return re.sub("\ue002(\\d+)\ue003", lambda found: self.specials.strings[int(found[1])], content)
+        return self.specials.letters(turn.content.strip())
 
     def _end(self, text: str, begin: int, escaped: bool) -> tuple[int, bool]:
         """(where the last turn ends, whether with a special token). What a template writes after that is not trained."""
@@ -292,9 +294,7 @@ class ChatRenderer:
             last, middle = (self.render(Talk(turns)).rpartition(_PROBE)[2] for turns in ((ask, answer), (ask, answer, ask)))
         except RowError:
             return "", ""
-        same = next(
-            (place for place, (a, b) in enumerate(zip(last, middle, strict=False)) if a != b), min(len(last), len(middle))
-        )
+        same = in_common(last, middle)
         ends = [found.end() for found in self.specials.pattern.finditer(last) if found.end() <= same]
         return (last, last[: ends[-1]]) if ends else ("", "")
 
@@ -361,6 +361,11 @@ class ChatRenderer:
         return spans
 
 
+def in_common(a: str, b: str) -> int:
+    """How many letters two texts have in common from the start."""
+    return next((place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
+
+
 def _last(pattern: re.Pattern[str], text: str, begin: int) -> re.Match[str] | None:
     """The last match near the end of a text."""
     return next(iter(deque(pattern.finditer(text, max(begin, len(text) - 96)), maxlen=1)), None)
@@ -372,7 +377,7 @@ def _at_end(marks: Marks, turn: Turn) -> float | None:
     return next((weight for _, end, weight in spans if end == len(turn.content)), None)
 
 
-def _letters(talk: Talk) -> list[str]:
+def _brought(talk: Talk) -> list[str]:
     """All that a conversation brings into its text."""
     if talk.tools is None and all(len(turn.shown) == 2 for turn in talk.turns):
         return [turn.shown["content"] for turn in talk.turns]

@@ -1,7 +1,7 @@
 """Examples are made once and kept: memory-mapped tokens and weights with an index, beside the data.
 
-A prepared folder is found by what went into it other than the content (paths, settings, tokenizer, template, this
-code), and is taken only if the content is the same: by size, time and inode of each file, as git does, and where these
+A prepared folder is found by what went into it other than the content (names of files, settings, tokenizer, template,
+this code), and is taken only if the content is the same: by size, time and inode of each file, as git does, and where these
 differ by a digest. It is written aside and renamed; one that is not whole is made again. Each example carries a
 checksum that is looked at whenever it is read.
 """

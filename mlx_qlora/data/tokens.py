@@ -126,8 +126,6 @@ class Encoder:
 
     def _is_border(self, piece: Piece, places: _Places | _SlowPlaces, begin: int, first: int) -> bool:
         """Whether the tokens before an answer are those of its prompt alone."""
-        if first and places.end(first - 1) > begin:
-            return False
         if isinstance(places, _SlowPlaces):
             return places.ids[:first] == self.encode(piece.text[:begin])
         last = first - 1
@@ -237,9 +235,6 @@ class _SlowPlaces:
 
     def __init__(self, text: str, ids: list[int], tokenizer: Tokenizer):
         self._text, self.ids, self._tokenizer = text, ids, tokenizer
-
-    def end(self, token: int) -> int:
-        return 0  # nothing is known; `_is_border` compares all tokens
 
     def first(self, character: int) -> int:
         return len(self._tokenizer.encode(self._text[:character], add_special_tokens=False)) if character else 0

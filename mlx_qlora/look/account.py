@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from mlx_qlora.data.audit import Audit, Leak, Likeness, Sight, Size
+from mlx_qlora.data.chat import in_common
 from mlx_qlora.data.render import WIDTHS, Account
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -174,18 +175,12 @@ def shown(sight: Sight, colour: bool, before: Sight | None = None) -> str:
     dim, plain = ("\x1b[2m", "\x1b[0m") if colour else ("", "")
     pieces = list(sight.pieces)
     if before is not None and pieces and before.pieces:
-        same = len(_common(pieces[0][0], before.pieces[0][0]))
+        same = in_common(pieces[0][0], before.pieces[0][0])
         if same > 200:
             pieces[0] = (f"[... {same} characters as above ...]{pieces[0][0][same:]}", False)
     pieces = [(piece.translate(_VISIBLE), trained) for piece, trained in pieces]
     text = "".join(f"{begin}{piece}{end}" if trained else f"{dim}{piece}{plain}" for piece, trained in pieces)
     return f"{sight.id}\n{text}"
-
-
-def _common(a: str, b: str) -> str:
-    """The beginning that two texts have in common."""
-    size = next((place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
-    return a[:size]
 
 
 # The page
