@@ -252,7 +252,9 @@ def test_a_stream_has_each_example_once_an_epoch_in_a_seeded_order(folder: Path)
     assert first != second
     assert ids == [example.id for example, _ in islice(streamed(folder), 120)]
     assert ids != [example.id for example, _ in islice(streamed(folder, seed=1), 120)]
-    assert {int(id.split(":")[1]) for id in first[:16]} == set(range(1, 17)), "a window at a time"
+    lines = [int(id.split(":")[1]) for id in first]
+    assert set(lines[:16]) == set(range(1, 17)), "a window at a time"
+    assert [line + 16 for line in lines[:16]] != lines[16:32], "each in an order of its own"
 
 
 def test_a_streams_bookmark_goes_on_where_it_was_made(folder: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_qlora.data import prepare
 from mlx_qlora.data.corpus import Corpus, gather
 from mlx_qlora.data.formats import Pair, RowError, Talk, understand
 from mlx_qlora.data.render import Account, Refusals, RenderConfig, Renderer
@@ -239,7 +240,7 @@ def test_several_sources_with_weights(tmp_path: Path) -> None:
     assert plain.order.quotas == (24, 8)
 
 
-def test_without_validation_rows_a_seeded_share_is_split_off(tmp_path: Path) -> None:
+def test_without_validation_rows_a_seeded_share_is_split_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": f"{number}?", "completion": str(number)} for number in range(50)]
     (tmp_path / "train.jsonl").write_bytes(jsonl(rows))
     source = SourceConfig(data=str(tmp_path), validation_share=0.2, data_cache="off")
@@ -253,6 +254,9 @@ def test_without_validation_rows_a_seeded_share_is_split_off(tmp_path: Path) -> 
     assert ids(one, "valid") == ids(again, "valid") != ids(other, "valid")
     assert "10 rows split off" in one.valid_from
     assert {asked.id for asked in one.questions(20)} == set(ids(one, "valid"))
+    monkeypatch.setattr(prepare, "MOST_SPLIT_OFF", 3)
+    assert len(gather_from(tmp_path, validation_share=0.2).valid) == 3
+    monkeypatch.undo()
     file_only = gather_from(tmp_path / "train.jsonl", validation_share=0.2)
     assert len(file_only.valid) == 10
 

@@ -279,7 +279,6 @@ class Preparation:
             "names": [file.name for file in files],
             "paths": [str(file.path.absolute()) for file in files if isinstance(file, DiskFile)] if elsewhere else [],
             "render": asdict(self.render),
-            "chats": self.renderer.pairs_are_chats,
             "rows": [self.source.format, self.source.fields],
             "tokenizer": _tokenizer_digest(self.renderer.tokenizer),
             "code": _code_digest(),
