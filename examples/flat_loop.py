@@ -45,6 +45,13 @@ if mx.default_device().type == mx.DeviceType.cpu:
 model.freeze()
 
 
+def mixed32(x):
+    """A bijection of 32-bit numbers that leaves nothing of their order."""
+    x = (x ^ (x >> 16)) * mx.array(0x7FEB352D, mx.uint32)
+    x = (x ^ (x >> 15)) * mx.array(0x846CA68B, mx.uint32)
+    return x ^ (x >> 16)
+
+
 # The adapters: y = W x + scale * B A dropout(x), on every linear layer of the blocks.
 class LoRA(nn.Module):
     def __init__(self, linear, key):
@@ -58,9 +65,13 @@ class LoRA(nn.Module):
 
     def __call__(self, x):
         z = x
-        if args.dropout:  # by a key that is set for each micro-batch, so that a mask can be made again
-            keep = mx.random.bernoulli(1 - args.dropout, x.shape, key=self._key)
-            z = mx.where(keep, x / (1 - args.dropout), 0)
+        if args.dropout:  # by a hash of the update's key, of the tokens up to each place, and of the column
+            rows = mixed32(
+                mixed32(mixed32(self._marks.astype(mx.uint32) ^ self._key[0]) ^ (self._marks >> 32).astype(mx.uint32))
+                ^ self._key[1]
+            )
+            drawn = mixed32(rows[..., None] ^ mixed32(mx.arange(x.shape[-1], dtype=mx.uint32) + self._key[1]))
+            z = mx.where(drawn >= int(args.dropout * 2**32 + 0.5), x / (1 - args.dropout), 0)
         return self.linear(x) + args.scale * (z @ self.lora_a @ self.lora_b)
 
 
@@ -115,6 +126,15 @@ def mixed(number):
     return number ^ number >> 31
 
 
+def histories(tokens):
+    """A hash of the tokens up to each place, so that dropout is the same for what examples have in common."""
+    state = (np.arange(1, len(tokens) + 1, dtype=np.uint64) << np.uint64(32)) + tokens.astype(np.uint64)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    sums = np.cumsum(state ^ (state >> np.uint64(31)), dtype=np.uint64)
+    return (sums ^ (sums >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15)
+
+
 def shuffled(place, count, *key):
     """What stands at a place of the permutation that the key chooses: a Feistel network that walks on while outside."""
     half = max(4, (max(count - 1, 1).bit_length() + 1) // 2)
@@ -143,11 +163,13 @@ for epoch in range(args.epochs):
             break
         update = sorted((examples[i] for i in order[start : start + per_update]), key=lambda e: -len(e[0]))
         grads, loss, weight = None, 0.0, 0.0
-        for micro, first in enumerate(range(0, len(update), args.batch_size)):
+        seed = np.random.SeedSequence((args.seed, step)).generate_state(1, np.uint64)[0]
+        keys = mx.random.split(mx.random.key(int(seed)), len(adapters))
+        for first in range(0, len(update), args.batch_size):
             batch = update[first : first + args.batch_size]
-            seed = np.random.SeedSequence((args.seed, step, micro)).generate_state(1, np.uint64)[0]
-            for layer, key in zip(adapters.values(), mx.random.split(mx.random.key(int(seed)), len(adapters)), strict=True):
-                layer._key = key
+            marks = pad([histories(t) for t, _ in batch], np.uint64)[:, :-1]
+            for layer, key in zip(adapters.values(), keys, strict=True):
+                layer._key, layer._marks = key, marks
             micro_loss, micro_grads = gradient_of(model, pad([t for t, _ in batch], np.int32), pad([a for _, a in batch], bool))
             # Sums add; there is one division, by the number of all answer tokens of the update.
             grads = micro_grads if grads is None else tree_map(mx.add, grads, micro_grads)

@@ -23,10 +23,11 @@ import tyro
 import yaml
 
 from mlx_qlora.assets import demo_config
-from mlx_qlora.data.layout import BatchConfig
+from mlx_qlora.data.layout import BatchConfig, LayoutConfig
 from mlx_qlora.data.render import RenderConfig
 from mlx_qlora.data.sources import SourceConfig
 from mlx_qlora.engine.optim import OptimConfig
+from mlx_qlora.engine.steps import StepConfig
 from mlx_qlora.engine.stopping import EarlyStoppingConfig
 from mlx_qlora.errors import ConfigError, all_problems, require
 from mlx_qlora.model.lora import LoraConfig
@@ -74,7 +75,7 @@ class WholeRun:
 
 
 @dataclass(frozen=True)
-class RunConfig(OptimConfig, BatchConfig, RenderConfig, SourceConfig, WholeRun):
+class RunConfig(StepConfig, LayoutConfig, OptimConfig, BatchConfig, RenderConfig, SourceConfig, WholeRun):
     """All the settings of a run. The parts' own stand flat in it; adapters and early stopping are groups."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -82,7 +83,7 @@ class RunConfig(OptimConfig, BatchConfig, RenderConfig, SourceConfig, WholeRun):
 
     def __post_init__(self) -> None:
         with all_problems() as check:
-            for kind in (WholeRun, SourceConfig, RenderConfig, BatchConfig, OptimConfig):
+            for kind in (WholeRun, SourceConfig, RenderConfig, BatchConfig, OptimConfig, LayoutConfig, StepConfig):
                 check(partial(self.part, kind))
 
     def part(self, kind: type[Part]) -> Part:

@@ -23,17 +23,36 @@ class Example:
     weights: NDArray[np.float32]
 
 
-class Batch(NamedTuple):
-    """Rows of tokens and the places in them that are supervised. A tuple of arrays, so that a compiled step takes it.
+class Segment(NamedTuple):
+    """A piece [start, end) of a packed row. What it attends to besides itself are its ancestors, from `parent` up."""
 
-    `positions` index the hidden states of `rows` flattened to [B * L]; the hidden state at a position predicts its
-    target. Rows are padded on the right; places that only fill up have weight 0.
+    start: int
+    end: int
+    parent: int  # its number among the batch's segments; -1: none
+
+
+class Batch(NamedTuple):
+    """Tokens that go through the model at once, and the places among them that are supervised.
+
+    The positions that are computed are those of `rows`, flattened to [B * L], then those of `shared`, a prefix that
+    all rows have. The hidden state at a position predicts its target; places that only fill up have weight 0.
+    Rows are padded on the right. With `segments`, `rows` is one row without any padding, in which several examples
+    stand as a tree: what they have in common from the start stands there once.
     """
 
     rows: mx.array  # [B, L]
+    shared: mx.array  # [P]; P may be 0
     positions: mx.array  # [S]
     targets: mx.array  # [S]
     weights: mx.array  # [S]
+    marks: mx.array  # [B * L + P], uint64: a hash of the tokens up to each position, the same in every layout
+    segments: tuple[Segment, ...] = ()
+    states: mx.array | None = None  # [B * L + P, D]: what goes into the first layer that is adapted, where it is kept
+
+    @property
+    def computed(self) -> int:
+        """Positions that go through the model."""
+        return self.rows.size + self.shared.size
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,7 @@ class Update:
     ids: tuple[str, ...]
     tokens: int
     supervised_tokens: int
+    positions: int  # that go through the model: less than the tokens where examples share them, more with padding
     next: Bookmark  # where the update after it begins
 
 
@@ -79,6 +99,7 @@ class StepReport:
     grad_norm: float
     tokens: int
     supervised_tokens: int
+    positions: int
     tokens_per_second: float
     peak_memory_gb: float
     elapsed_s: float

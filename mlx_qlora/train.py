@@ -31,6 +31,7 @@ from mlx_qlora.look.gap import analyse
 from mlx_qlora.model import backend, lora
 from mlx_qlora.model.load import Loaded, load, wired_memory
 from mlx_qlora.objectives.sft import sft
+from mlx_qlora.plan import checked, choose
 from mlx_qlora.records import Batch, EvalReport, StepReport, Update
 from mlx_qlora.run import folder as run_folder
 from mlx_qlora.run.interrupt import listening
@@ -149,7 +150,12 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
     total, per_epoch = _length(config, corpus, batch)
     eval_every = config.eval_every or max(1, (per_epoch or total) // 4)
     console.plan(optim_config, batch.examples_per_update, per_epoch, total, eval_every)
-    valid, train_sample = lay_out(corpus.valid_examples(), config.batch_size), lay_out(corpus.train_sample(), config.batch_size)
+    plan = choose(config, loaded.model, corpus)
+    objective = sft(config.label_smoothing, plan.passage)
+    sample = corpus.train_sample()
+    plan = checked(plan, loaded.model, objective, sample)
+    console.layout(plan.describe, plan.notes)
+    valid, train_sample = lay_out(corpus.valid_examples(), plan.layout), lay_out(sample, plan.layout)
     console.fact("folder", str(folder))
     run_folder.claim(folder, overwrite=config.overwrite)
     run_folder.write_atomically(folder / "config.yaml", replace(config, overwrite=False).to_yaml())
@@ -159,12 +165,12 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
 
     engine = Engine(
         model=loaded.model,
-        objective=sft(config.label_smoothing),
+        objective=objective,
         optimizer=make_optimizer(optim_config, total),
         config=optim_config,
         with_key=lora.dropout_keys,
         seed=config.seed,
-        compiled=not backend.on_cpu(),
+        compiled=plan.compiled,
     )
     return _Ready(
         config=config,
@@ -172,7 +178,7 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
         attached=attached,
         folder=folder,
         engine=engine,
-        updates=corpus.updates(batch, config.epochs),
+        updates=corpus.updates(batch, plan.layout, config.epochs),
         total=total,
         eval_every=eval_every,
         valid=valid,

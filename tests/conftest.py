@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_qlora.data.layout import Kind, Layout
 from mlx_qlora.model.load import Loaded, load
 from mlx_qlora.records import Example
 
@@ -49,6 +50,11 @@ def tiny_model(shape: str, seed: int = 0, quantized: bool = True) -> nn.Module:
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+def in_rows(rows: int) -> Layout:
+    """Plain padded batches of so many examples."""
+    return Layout(Kind.PLAIN, rows=rows, token_budget=1_000_000)
 
 
 @pytest.fixture(params=list(SHAPES))

@@ -12,12 +12,12 @@ from mlx_qlora.model import lora
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.records import Example
-from tests.conftest import largest_difference, loss_and_gradient, make_examples, randomize_adapters
+from tests.conftest import in_rows, largest_difference, loss_and_gradient, make_examples, randomize_adapters
 
 
 def accumulated(model: nn.Module, examples: list[Example], rows: int):  # type: ignore[no-untyped-def]
     accumulator = GradientAccumulator()
-    for batch in lay_out(examples, rows):
+    for batch in lay_out(examples, in_rows(rows)):
         _, grads = loss_and_gradient(model, lambda model, batch=batch: sft()(model, batch).total)
         accumulator.add(grads, sft()(model, batch).weight)
     return accumulator.take()
@@ -39,7 +39,11 @@ def test_a_remainder_has_its_own_weight(embedded) -> None:  # type: ignore[no-un
     randomize_adapters(model)
     examples = make_examples(11)
     *_, last = updates(
-        InMemory(examples), Order((len(examples),), seed=3), BatchConfig(batch_size=2, gradient_accumulation=4), epochs=1
+        InMemory(examples),
+        Order((len(examples),), seed=3),
+        BatchConfig(batch_size=2, gradient_accumulation=4),
+        in_rows(2),
+        epochs=1,
     )
     assert len(last.ids) == 3
     accumulator = GradientAccumulator()

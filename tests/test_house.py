@@ -17,6 +17,7 @@ FLOORS = [
     ROOMS,
     {"objectives", "look"},
     {"config"},
+    {"plan"},
     {"train"},
     {"commands", "__main__"},
 ]

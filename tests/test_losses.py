@@ -7,10 +7,11 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_qlora.data.layout import to_batch
+from mlx_qlora.data.layout import packed, padded
+from mlx_qlora.data.tree import sorted_by_tokens
 from mlx_qlora.model import lora
 from mlx_qlora.model.lora import LoraConfig
-from mlx_qlora.model.trunk import logits_at
+from mlx_qlora.model.trunk import CannotShare, Passage, can_pack, logits_at
 from mlx_qlora.objectives.losses import cross_entropy_sum, next_token_cross_entropy
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.records import Example
@@ -84,7 +85,7 @@ def test_head_on_supervised_places_equals_full_logits(any_model: nn.Module) -> N
     examples = make_examples(5)
     lora.attach(any_model, LoraConfig(rank=4, scale=2.0))
     randomize_adapters(any_model)
-    batch = to_batch(examples)
+    batch = padded(examples)
     expected_loss, expected = loss_and_gradient(any_model, plain_objective(examples))
     loss, grads = loss_and_gradient(any_model, lambda model: sft()(model, batch).total)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
@@ -92,21 +93,22 @@ def test_head_on_supervised_places_equals_full_logits(any_model: nn.Module) -> N
 
 
 def test_logits_at_places_are_the_models_own(any_model: nn.Module) -> None:
-    tokens = mx.array([[5, 6, 7, 8], [9, 10, 11, 12]])
-    whole = any_model(tokens).reshape(8, -1)
-    places = mx.array([6, 0, 3])
-    assert mx.allclose(logits_at(any_model, tokens, places), whole[places], rtol=1e-5, atol=1e-5)
-    assert mx.array_equal(any_model(tokens).reshape(8, -1), whole), "the model itself is as it was"
+    batch = padded(make_examples(3))
+    whole = any_model(batch.rows).reshape(batch.computed, -1)
+    assert mx.allclose(logits_at(any_model, batch), whole[batch.positions], rtol=1e-5, atol=1e-5)
+    assert mx.array_equal(any_model(batch.rows).reshape(batch.computed, -1), whole), "the model itself is as it was"
 
 
 def test_trainable_head_and_embedding_get_their_whole_gradient() -> None:
     examples = make_examples(4)
-    batch = to_batch(examples)
-    for shape in ("mistral", "mistral-tied"):
+    batch = padded(examples)
+    for shape in ("mistral", "mistral-tied", "gemma3"):
         model = tiny_model(shape, quantized=False)
         _, expected = loss_and_gradient(model, plain_objective(examples))
-        _, grads = loss_and_gradient(model, lambda model: sft()(model, batch).total)
-        assert largest_difference(grads, expected) < 5e-5
+        for training in (False, True):  # the head goes chunk by chunk, and only in training with its own backward
+            model.train(training)
+            _, grads = loss_and_gradient(model, lambda model: sft(passage=Passage(chunk=8))(model, batch).total)
+            assert largest_difference(grads, expected) < 5e-5
 
 
 def test_a_model_that_is_not_trunk_then_head_runs_whole() -> None:
@@ -119,5 +121,11 @@ def test_a_model_that_is_not_trunk_then_head_runs_whole() -> None:
         def __call__(self, tokens: mx.array) -> mx.array:
             return self.out(self.embed(tokens))
 
-    model, tokens, places = Flat(), mx.array([[1, 2, 3]]), mx.array([2, 0])
-    assert mx.array_equal(logits_at(model, tokens, places), model(tokens)[0][places])
+    model, examples = Flat(), make_examples(3, vocabulary=11)
+    expected, expected_grads = loss_and_gradient(model, plain_objective(examples))
+    loss, grads = loss_and_gradient(model, lambda model: sft()(model, padded(examples)).total)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert largest_difference(grads, expected_grads) < 1e-5
+    assert can_pack(model)
+    with pytest.raises(CannotShare, match="not a trunk of layers"):
+        sft()(model, packed(sorted_by_tokens(examples)))

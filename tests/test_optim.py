@@ -8,7 +8,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_map
 
-from mlx_qlora.data.layout import BatchConfig, updates
+from mlx_qlora.data.layout import BatchConfig, Layout, updates
 from mlx_qlora.data.order import Order
 from mlx_qlora.data.prepare import InMemory
 from mlx_qlora.engine.optim import (
@@ -128,7 +128,7 @@ def test_a_bad_update_is_skipped_counted_and_changes_nothing() -> None:
         return loss._replace(total=loss.total * math.nan) if calls in (2, 4) else loss
 
     engine = engine_with(poisoned, max_skipped_updates=2)
-    planned = updates(InMemory(make_examples(6)), Order((6,), seed=0), BatchConfig(batch_size=1), epochs=1)
+    planned = updates(InMemory(make_examples(6)), Order((6,), seed=0), BatchConfig(batch_size=1), Layout(), epochs=1)
     seen, before = [], None
     for report in steps(engine, planned):
         now = tree_map(lambda a: a + 0, (engine.model.trainable_parameters(), engine.optimizer.state))
@@ -148,7 +148,7 @@ def test_too_many_bad_updates_in_a_row_stop_with_what_to_try() -> None:
         return sft()(model, batch)._replace(total=mx.array(math.nan))
 
     engine = engine_with(broken, max_skipped_updates=3)
-    planned = updates(InMemory(make_examples(6)), Order((6,), seed=0), BatchConfig(batch_size=1), epochs=1)
+    planned = updates(InMemory(make_examples(6)), Order((6,), seed=0), BatchConfig(batch_size=1), Layout(), epochs=1)
     reports = steps(engine, planned)
     assert [next(reports).skipped_updates for _ in range(3)] == [1, 2, 3], "the reports of the bad updates come first"
     with pytest.raises(NonFiniteError, match=r"3 updates in a row(.|\n)*example:\d(.|\n)*learning_rate") as error:

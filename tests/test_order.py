@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_qlora.data import order as order_module
-from mlx_qlora.data.layout import BatchConfig, lay_out, updates
+from mlx_qlora.data.layout import BatchConfig, Layout, lay_out, updates
 from mlx_qlora.data.order import Order, groups, shuffled, updates_in
 from mlx_qlora.data.prepare import InMemory
 from mlx_qlora.records import Bookmark
-from tests.conftest import make_examples
+from tests.conftest import in_rows, make_examples
 
 
 def test_the_order_is_the_same_everywhere() -> None:
@@ -47,7 +47,7 @@ def test_it_is_shuffled() -> None:
 def test_each_example_exactly_once_an_epoch_with_the_remainder() -> None:
     made = InMemory(make_examples(23))
     config = BatchConfig(batch_size=2, gradient_accumulation=3)
-    planned = list(updates(made, Order((23,), seed=5), config, epochs=3))
+    planned = list(updates(made, Order((23,), seed=5), config, Layout(), epochs=3))
     assert len(planned) == updates_in(Order((23,)), 6, 3, made.supervised) == 12
     assert [len(update.ids) for update in planned] == [6, 6, 6, 5] * 3
     for epoch in range(3):
@@ -126,12 +126,12 @@ def test_batches_hold_each_target_once_with_its_weight_and_its_context(count: in
         for place in np.flatnonzero(example.weights):
             expected[(*example.tokens[:place].tolist(), "->", int(example.tokens[place]), float(example.weights[place]))] += 1
     found = Counter()
-    for batch in lay_out(made, rows):
+    for batch in lay_out(made, in_rows(rows)):
         length = batch.rows.shape[1]
         assert batch.rows.shape[0] <= rows
         assert length % 8 == 0
         assert batch.positions.shape == batch.targets.shape == batch.weights.shape
-        for position, target, weight in zip(*(np.array(a) for a in batch[1:]), strict=True):
+        for position, target, weight in zip(*map(np.array, (batch.positions, batch.targets, batch.weights)), strict=True):
             if weight:
                 row, place = divmod(int(position), length)
                 found[(*np.array(batch.rows)[row, : place + 1].tolist(), "->", int(target), float(weight))] += 1
@@ -140,8 +140,8 @@ def test_batches_hold_each_target_once_with_its_weight_and_its_context(count: in
 
 def test_a_bookmark_is_where_the_next_update_begins() -> None:
     made = InMemory(make_examples(7))
-    first, second, *_ = updates(made, Order((7,)), BatchConfig(batch_size=3), epochs=2)
+    first, second, *_ = updates(made, Order((7,)), BatchConfig(batch_size=3), Layout(), epochs=2)
     assert (first.next, second.next) == (Bookmark(0, 3), Bookmark(0, 6))
-    *_, third, fourth = updates(made, Order((7,)), BatchConfig(batch_size=3), 2, start=second.next)
+    *_, third, fourth = updates(made, Order((7,)), BatchConfig(batch_size=3), Layout(), 2, start=second.next)
     assert third.next == Bookmark(1, 6)
     assert fourth.next == Bookmark(2, 0)

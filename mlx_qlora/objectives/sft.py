@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_qlora.model.trunk import logits_at
+from mlx_qlora.model.trunk import PLAIN, Passage, summed_loss
 from mlx_qlora.objectives.losses import cross_entropy_sum
 from mlx_qlora.records import Batch, LossSum
 
 
-def sft(label_smoothing: float = 0.0) -> Callable[[nn.Module, Batch], LossSum]:
-    """The objective. The head runs at the supervised places only."""
+def sft(label_smoothing: float = 0.0, passage: Passage = PLAIN) -> Callable[[nn.Module, Batch], LossSum]:
+    """The objective. The head runs at the supervised places only, in chunks."""
+
+    def loss_of(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+        return cross_entropy_sum(logits, targets, weights, label_smoothing).total
 
     def objective(model: nn.Module, batch: Batch) -> LossSum:
-        logits = logits_at(model, batch.rows, batch.positions)
-        return cross_entropy_sum(logits, batch.targets, batch.weights, label_smoothing)
+        total = summed_loss(model, batch, loss_of, (batch.targets, batch.weights), passage)
+        return LossSum(total, batch.weights.sum())
 
     return objective
