@@ -57,6 +57,7 @@ class Update:
     ids: tuple[str, ...]
     tokens: int
     supervised_tokens: int
+    positions: int  # that are computed: rows x padded length, over all batches
     next: Bookmark  # where the update after it begins
 
 
@@ -79,6 +80,7 @@ class StepReport:
     grad_norm: float
     tokens: int
     supervised_tokens: int
+    positions: int
     tokens_per_second: float
     peak_memory_gb: float
     elapsed_s: float

@@ -96,12 +96,14 @@ def streamed_updates(examples: Iterator[tuple[Example, Bookmark]], config: Batch
 
 
 def _update(chosen: Sequence[Example], config: BatchConfig, epoch: float, following: Bookmark) -> Update:
+    batches = lay_out(chosen, config.batch_size)
     return Update(
-        batches=lay_out(chosen, config.batch_size),
+        batches=batches,
         epoch=epoch,
         ids=tuple(example.id for example in chosen),
         tokens=sum(len(example.tokens) for example in chosen),
         supervised_tokens=sum(int(np.count_nonzero(example.weights)) for example in chosen),
+        positions=sum(batch.rows.size for batch in batches),
         next=following,
     )
 

@@ -96,6 +96,7 @@ def steps(engine: Engine, updates: Iterable[Update]) -> Iterator[StepReport]:
             grad_norm=_number(done.grad_norm),
             tokens=update.tokens,
             supervised_tokens=update.supervised_tokens,
+            positions=update.positions,
             tokens_per_second=update.tokens / (now - begun),
             peak_memory_gb=mx.get_peak_memory() / 1e9,
             elapsed_s=now - start,
