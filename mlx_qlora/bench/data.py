@@ -66,7 +66,9 @@ def lay_field(config: RaceConfig, tokenizer: Any, folder: Path, batches: set[int
     arranged = {}
     for size in batches:
         arranged[size] = folder / f"rows-of-{size}"
-        _write(arranged[size] / "train.jsonl", [train[number] for number in arrange(order, size, config.seed)])
+        _write(
+            arranged[size] / "train.jsonl", [begun(train[number], tokenizer) for number in arrange(order, size, config.seed)]
+        )
         _write(arranged[size] / "valid.jsonl", valid)
     per = config.examples_per_update
     chosen = [[corpus.train[number] for number in order[start : start + per]] for start in range(0, wanted, per)]
@@ -76,6 +78,14 @@ def lay_field(config: RaceConfig, tokenizer: Any, folder: Path, batches: set[int
         tokens=sum(len(example.tokens) for update in chosen for example in update),
         supervised=tuple(sum(map(supervised, update)) for update in chosen),
     )
+
+
+def begun(row: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """A row as mlx-lm has to get it to train our tokens: a document with <s> in front, where its tokenizer adds none."""
+    begin = tokenizer.bos_token
+    if set(row) != {"text"} or begin is None or tokenizer.encode("a")[0] == tokenizer.bos_token_id:
+        return row
+    return {"text": begin + row["text"]}
 
 
 def supervised(example: Example) -> int:

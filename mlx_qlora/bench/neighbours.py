@@ -186,6 +186,7 @@ def race_mlx_tune(spec: Spec, turns: Turns) -> None:
     """mlx-tune's SFTTrainer, which runs mlx-lm's `train`.
 
     It ignores gradient accumulation (0.6.0), so it gets the whole update as one batch; its rows are laid out for that.
+    It makes its AdamW itself, and that does not correct its bias: its loss falls differently in the first updates.
     """
     from mlx_lm.tuner.trainer import iterate_batches
     from mlx_tune import sft_trainer

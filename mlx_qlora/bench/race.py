@@ -154,6 +154,8 @@ class Race:
             self._line_up(lane)
         for number in range(self._config.repeats + 1):
             count = self._config.updates if number else self._config.warmup
+            if number == 1:
+                self._say(f"repeats: {self._foresee(everybody)}")
             for lane in everybody:
                 self._turn(lane, count, f"repeat {number}/{self._config.repeats}" if number else "warm-up", lanes[0])
         for place, lane in enumerate(everybody):
@@ -223,6 +225,12 @@ class Race:
             lane.blocks.append(said["updates"])
         seconds = sum(update["seconds"] for update in said["updates"]) / count
         self._say(f"{when:<11} {lane.contestant.label}: {seconds:.3f} s an update")
+
+    def _foresee(self, lanes: Sequence[Lane]) -> str:
+        """How long it will be, by the last update of the warm-up; the first ones compile, so this is rather too long."""
+        each = sum(lane.warmup[-1]["seconds"] for lane in lanes if lane.warmup and not lane.failed)
+        seconds = each * self._config.updates * self._config.repeats
+        return f"about {seconds:.0f} s" if seconds < 120 else f"about {seconds / 60:.0f} minutes, at this pace"
 
     def _leave(self, lane: Lane, folder: Path) -> None:
         """Keep its adapters, or, for the floor, only end it."""
