@@ -24,6 +24,7 @@ from mlx_qlora.errors import DataError
 from mlx_qlora.records import Example
 
 _HELD_OUT = 32  # examples on which the referee judges
+_HELD_OUT_LONG = 8  # documents: as many tokens, about
 _PREFIX = 200  # tokens that the chats of `shared` begin with
 _QUESTION, _ANSWER = (32, 62), (44, 62)  # tokens, from and to: about 315 in all with the prefix, 57 of them trained
 
@@ -53,7 +54,10 @@ def lay_field(config: RaceConfig, tokenizer: Any, folder: Path, batches: set[int
     wanted = config.all_updates * config.examples_per_update
     if config.data in GENERATED:
         rows = generated(config.data, tokenizer, config.seed)
-        train, valid = [next(rows) for _ in range(wanted)], [next(rows) for _ in range(_HELD_OUT)]
+        train, valid = (
+            [next(rows) for _ in range(wanted)],
+            [next(rows) for _ in range(_HELD_OUT_LONG if config.data == "long" else _HELD_OUT)],
+        )
     else:
         train, valid = _own(config, tokenizer, wanted)
     _write(folder / "rows" / "train.jsonl", train)

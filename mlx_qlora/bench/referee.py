@@ -15,6 +15,8 @@ from mlx_qlora.model.load import load
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.run import folder as run_folder
 
+_ROWS = 4  # in a batch: documents of 2,000 tokens have logits at all places, 1 GB of them with 32,000 tokens to choose from
+
 
 def judge(spec: Spec, turns: Turns) -> None:
     """Ready with the loss of the beginning; then for each folder in `work` the mean loss with the adapters in it."""
@@ -23,7 +25,7 @@ def judge(spec: Spec, turns: Turns) -> None:
     run_folder.save_adapters(Path(spec.initial).parent, lora.adapter_arrays(loaded.model), attached.adapter_config)
     names = set(lora.adapter_arrays(loaded.model))
     corpus = corpus_of(spec.data, loaded.tokenizer, spec.seed, spec.max_seq_length)
-    batches = lay_out(corpus.valid_examples(), spec.batch_size)
+    batches = lay_out(corpus.valid_examples(), min(spec.batch_size, _ROWS))
     turns.ready(
         loss=mean_loss(loaded.model, sft(), batches),
         trainable=attached.trainable,

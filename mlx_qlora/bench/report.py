@@ -228,6 +228,9 @@ def _conclusions(found: list[Row]) -> list[str]:
             lines.append(f"{row['contestant']}: {faster} {reference['contestant']}{memory}")
         if row["floor_ratio"]:
             lines.append(f"{row['contestant']}: {row['floor_ratio']:.2f} times the bare multiplications")
+    blas = {row["contestant"]: row["blas"] or "MLX's own" for row in found if not row["failed"] and row["kind"] != "floor"}
+    if len(set(blas.values())) > 1:
+        lines.append("BLAS: " + ", ".join(f"{name} {which}" for name, which in blas.items()))
     return lines + [
         f"{row['contestant']}: trained {row['supervised_tokens_counted']:,} tokens in the timed updates, by our reading of the "
         f"rows it should be {row['supervised_tokens']:,}; losses are not comparable"
