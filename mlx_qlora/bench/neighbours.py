@@ -96,10 +96,6 @@ def _rows(spec: Spec, tokenizer: Any, load_dataset: Callable[..., Any]) -> Any:
     return load_dataset(SimpleNamespace(**wanted), tokenizer)[0]
 
 
-def _optimizer(spec: Spec) -> mlx.optimizers.Optimizer:
-    return mlx.optimizers.AdamW(spec.learning_rate, bias_correction=True)
-
-
 def _kept(model: nn.Module, folder: Path) -> None:
     """The adapters as they are now, where the referee looks for them."""
     (folder / "adapters").mkdir(parents=True, exist_ok=True)
@@ -107,37 +103,27 @@ def _kept(model: nn.Module, folder: Path) -> None:
     mx.save_safetensors(str(folder / "adapters" / "adapters.safetensors"), arrays)
 
 
+def _drive(spec: Spec, turns: Turns, model: nn.Module, train: Callable[[], None]) -> None:
+    """From the same seed on: a trainer's loop, until the race has seen enough of it."""
+    np.random.seed(spec.seed)
+    mx.random.seed(spec.seed)
+    try:
+        turns.ready()
+        train()
+    except Finished as end:
+        _kept(model, Path(end.folder))
+        raise
+
+
 def race_mlx_lm(spec: Spec, turns: Turns) -> None:
     from mlx_lm.tuner.datasets import CacheDataset, load_dataset
     from mlx_lm.tuner.trainer import TrainingArgs, iterate_batches, train
 
     model, tokenizer = _begin(spec)
-    batches = _Batches(iterate_batches)
-    arguments = TrainingArgs(
-        batch_size=spec.batch_size,
-        iters=_NEVER,
-        steps_per_report=spec.gradient_accumulation,
-        steps_per_save=_NEVER,
-        max_seq_length=spec.max_seq_length,
-        grad_accumulation_steps=spec.gradient_accumulation,
-        adapter_file=str(Path(spec.work) / "adapters.safetensors"),
-    )
     rows = CacheDataset(_rows(spec, tokenizer, load_dataset))
-    np.random.seed(spec.seed)
-    mx.random.seed(spec.seed)
-    try:
-        turns.ready()
-        train(
-            model=model,
-            optimizer=_optimizer(spec),
-            train_dataset=rows,
-            args=arguments,
-            iterate_batches=batches,
-            training_callback=_Reports(turns, batches, spec.gradient_accumulation),
-        )
-    except Finished as end:
-        _kept(model, Path(end.folder))
-        raise
+    arguments = TrainingArgs(**_arguments(spec), grad_accumulation_steps=spec.gradient_accumulation)
+    given = _given(spec, turns, iterate_batches)
+    _drive(spec, turns, model, lambda: train(model, train_dataset=rows, args=arguments, **given))
 
 
 def race_mlx_lm_lora(spec: Spec, turns: Turns) -> None:
@@ -146,32 +132,32 @@ def race_mlx_lm_lora(spec: Spec, turns: Turns) -> None:
 
     _without_a_gpu()
     model, tokenizer = _begin(spec)
-    batches = _Batches(iterate_batches)
-    arguments = SFTTrainingArgs(
-        batch_size=spec.batch_size,
-        iters=_NEVER,
-        gradient_accumulation_steps=spec.gradient_accumulation,
-        steps_per_report=spec.gradient_accumulation,
-        steps_per_save=_NEVER,
-        max_seq_length=spec.max_seq_length,
-        adapter_file=str(Path(spec.work) / "adapters.safetensors"),
-    )
     rows = CacheDataset(_rows(spec, tokenizer, load_dataset))
-    np.random.seed(spec.seed)
-    mx.random.seed(spec.seed)
-    try:
-        turns.ready()
-        train_sft(
-            model=model,
-            optimizer=_optimizer(spec),
-            train_dataset=rows,
-            args=arguments,
-            iterate_batches=batches,
-            training_callback=_Reports(turns, batches, spec.gradient_accumulation),
-        )
-    except Finished as end:
-        _kept(model, Path(end.folder))
-        raise
+    arguments = SFTTrainingArgs(**_arguments(spec), gradient_accumulation_steps=spec.gradient_accumulation)
+    given = _given(spec, turns, iterate_batches)
+    _drive(spec, turns, model, lambda: train_sft(model, train_dataset=rows, args=arguments, **given))
+
+
+def _given(spec: Spec, turns: Turns, iterate_batches: Callable[..., Iterator[Any]]) -> dict[str, Any]:
+    batches = _Batches(iterate_batches)
+    reports = _Reports(turns, batches, spec.gradient_accumulation)
+    return {
+        "optimizer": mlx.optimizers.AdamW(spec.learning_rate, bias_correction=True),
+        "iterate_batches": batches,
+        "training_callback": reports,
+    }
+
+
+def _arguments(spec: Spec) -> dict[str, Any]:
+    """What mlx-lm and mlx-lm-lora call alike: a report for each update, nothing saved on the way."""
+    return {
+        "batch_size": spec.batch_size,
+        "iters": _NEVER,
+        "steps_per_report": spec.gradient_accumulation,
+        "steps_per_save": _NEVER,
+        "max_seq_length": spec.max_seq_length,
+        "adapter_file": str(Path(spec.work) / "adapters.safetensors"),
+    }
 
 
 def _without_a_gpu() -> None:
@@ -193,13 +179,11 @@ def race_mlx_tune(spec: Spec, turns: Turns) -> None:
 
     model, tokenizer = _begin(spec)
     batches = _Batches(iterate_batches)
+    reports = _Reports(turns, batches, 1)
     inner = sft_trainer.mlx_train
 
     def train(**given: Any) -> None:
-        np.random.seed(spec.seed)
-        mx.random.seed(spec.seed)
-        turns.ready()
-        inner(**given, iterate_batches=batches, training_callback=_Reports(turns, batches, 1))
+        _drive(spec, turns, model, lambda: inner(**given, iterate_batches=batches, training_callback=reports))
 
     sft_trainer.mlx_train = train
     lines = (Path(spec.data) / "train.jsonl").read_text(encoding="utf-8").splitlines()
@@ -220,11 +204,7 @@ def race_mlx_tune(spec: Spec, turns: Turns) -> None:
     )
     trainer._train_on_responses_only = "text" not in rows[0]
     trainer._train_subprocess = _failed  # where its own loop fails it would start mlx-lm's command instead
-    try:
-        trainer.train()
-    except Finished as end:
-        _kept(model, Path(end.folder))
-        raise
+    trainer.train()
 
 
 def _failed() -> None:
