@@ -105,7 +105,8 @@ def test_who_is_killed_is_reported_and_the_others_go_on(model: Path, tmp_path: P
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["ctrl-c", "sigterm"])
+def test_an_interrupted_race_leaves_nothing(how: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mlx_qlora", "bench", *TINY_FLAGS, "--against", "flat", "--updates", "200"]
     command += ["--repeats", "1", "--batch-size", "1"]
     environment = dict(os.environ, TMPDIR=str(tmp_path))
@@ -114,7 +115,10 @@ def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
         for line in race.stderr:
             if "warm-up     flat" in line:
                 break
-        os.killpg(race.pid, signal.SIGINT)  # as a terminal does
+        if how == "ctrl-c":
+            os.killpg(race.pid, signal.SIGINT)  # as a terminal does
+        else:
+            os.kill(race.pid, signal.SIGTERM)
         said = race.stderr.read()
     assert race.returncode == 130
     assert "interrupted" in said

@@ -23,8 +23,8 @@ from mlx_qlora.data.sources import Row, SourceConfig, read
 from mlx_qlora.errors import DataError
 from mlx_qlora.records import Example
 
-_HELD_OUT = 32  # examples on which the referee judges
-_HELD_OUT_LONG = 8  # documents: as many tokens, about
+_HELD_OUT = 16  # examples on which the referee judges
+_HELD_OUT_LONG = 4  # documents: as many tokens, about
 _PREFIX = 200  # tokens that the chats of `shared` begin with
 _QUESTION, _ANSWER = (32, 62), (44, 62)  # tokens, from and to: about 315 in all with the prefix, 57 of them trained
 

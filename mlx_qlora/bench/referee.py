@@ -19,15 +19,16 @@ _ROWS = 4  # in a batch: documents of 2,000 tokens have logits at all places, 1 
 
 
 def judge(spec: Spec, turns: Turns) -> None:
-    """Ready with the loss of the beginning; then for each folder in `work` the mean loss with the adapters in it."""
+    """Ready with the loss of the beginning, the first time; then, for each folder in `work`, that with the adapters in it."""
     loaded = load(spec.model)
+    beginning = not Path(spec.initial).exists()
     attached = lora.attach(loaded.model, lora_config(spec), seed=spec.seed)
     run_folder.save_adapters(Path(spec.initial).parent, lora.adapter_arrays(loaded.model), attached.adapter_config)
     names = set(lora.adapter_arrays(loaded.model))
     corpus = corpus_of(spec.data, loaded.tokenizer, spec.seed, spec.max_seq_length)
     batches = lay_out(corpus.valid_examples(), min(spec.batch_size, _ROWS))
     turns.ready(
-        loss=mean_loss(loaded.model, sft(), batches),
+        loss=mean_loss(loaded.model, sft(), batches) if beginning else None,
         trainable=attached.trainable,
         parameters=attached.total,
         layers=attached.total_layers,

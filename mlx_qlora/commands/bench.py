@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 import time
@@ -73,7 +74,12 @@ class _Arguments(ModelShape):
 
 def main(arguments: Sequence[str]) -> int:
     def raced() -> int:
-        return _run(tyro.cli(_Arguments, prog="mlx-qlora bench", args=arguments))
+        given = tyro.cli(_Arguments, prog="mlx-qlora bench", args=arguments)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # leave no processes, and no model of gigabytes
+        try:
+            return _run(given)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     return answered("bench", raced)
 
