@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,6 +30,15 @@ class Segment(NamedTuple):
     start: int
     end: int
     parent: int  # its number among the batch's segments; -1: none
+
+
+def depth(segments: Sequence[Segment], number: int) -> int:
+    """How many tokens a piece sees at its end: its ancestors' and its own."""
+    total = 0
+    while number >= 0:
+        total += segments[number].end - segments[number].start
+        number = segments[number].parent
+    return total
 
 
 class Batch(NamedTuple):

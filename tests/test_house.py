@@ -19,10 +19,14 @@ FLOORS = [
     {"config"},
     {"plan"},
     {"train"},
+    {"bench"},
     {"commands", "__main__"},
 ]
 # Packages that are large or optional: imported where they are used, inside a function.
-LATE = {"mlx_lm", "transformers", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "tqdm"}
+LATE = {
+    "mlx_lm", "transformers", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "tqdm",
+    "matplotlib", "mlx_lm_lora", "mlx_tune",
+}  # fmt: skip
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

@@ -12,6 +12,7 @@ from mlx_qlora.model.backend import missing_mlx
 VERBS = {
     "train": ("mlx_qlora.train", "fine-tune a model; --demo shows a whole run on the embedded model and data"),
     "data": ("mlx_qlora.commands.data", "show what a data set would train, what is lost, what comes twice"),
+    "bench": ("mlx_qlora.commands.bench", "race against mlx-lm and others on the same work: speed, memory, loss"),
 }
 
 

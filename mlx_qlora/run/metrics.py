@@ -16,7 +16,7 @@ from mlx_qlora.run.folder import write_atomically
 NAME = "training_metrics"
 COLUMNS = (
     "step", "epoch", "loss", "val_loss", "train_eval_loss", "gap", "learning_rate", "grad_norm", "tokens",
-    "supervised_tokens", "tokens_per_second", "peak_memory_gb", "elapsed_s", "skipped_updates",
+    "supervised_tokens", "positions", "tokens_per_second", "peak_memory_gb", "elapsed_s", "skipped_updates",
 )  # fmt: skip
 
 Line = dict[str, Any]
