@@ -30,10 +30,17 @@ from mlx_qlora.engine.optim import OptimConfig
 from mlx_qlora.engine.steps import StepConfig
 from mlx_qlora.engine.stopping import EarlyStoppingConfig
 from mlx_qlora.errors import ConfigError, all_problems, require
+from mlx_qlora.model.activations import TrunkCacheConfig
 from mlx_qlora.model.lora import LoraConfig
+from mlx_qlora.model.matmul import MatmulConfig
 
 Part = TypeVar("Part")
 _BY_VALUE = (tyro.conf.EnumChoicesFromValues,)
+
+
+def part_of(whole: Any, kind: type[Part]) -> Part:
+    """One of the dataclasses that `whole` is made of, with its values."""
+    return kind(**{each.name: getattr(whole, each.name) for each in fields(kind)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,30 @@ class WholeRun:
 
 
 @dataclass(frozen=True)
-class RunConfig(StepConfig, LayoutConfig, OptimConfig, BatchConfig, RenderConfig, SourceConfig, WholeRun):
+class _Computing(TrunkCacheConfig, MatmulConfig, StepConfig, LayoutConfig):
+    """How a run computes. It changes speed and memory, and never the gradient."""
+
+    def __post_init__(self) -> None:
+        with all_problems() as check:
+            for kind in (TrunkCacheConfig, LayoutConfig):  # the others are choices, which tyro has judged
+                check(partial(part_of, self, kind))
+
+
+_PARTS = (
+    WholeRun,
+    SourceConfig,
+    RenderConfig,
+    BatchConfig,
+    OptimConfig,
+    LayoutConfig,
+    StepConfig,
+    MatmulConfig,
+    TrunkCacheConfig,
+)
+
+
+@dataclass(frozen=True)
+class RunConfig(_Computing, OptimConfig, BatchConfig, RenderConfig, SourceConfig, WholeRun):
     """All the settings of a run. The parts' own stand flat in it; adapters and early stopping are groups."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -83,12 +113,22 @@ class RunConfig(StepConfig, LayoutConfig, OptimConfig, BatchConfig, RenderConfig
 
     def __post_init__(self) -> None:
         with all_problems() as check:
-            for kind in (WholeRun, SourceConfig, RenderConfig, BatchConfig, OptimConfig, LayoutConfig, StepConfig):
+            for kind in (
+                WholeRun,
+                SourceConfig,
+                RenderConfig,
+                BatchConfig,
+                OptimConfig,
+                LayoutConfig,
+                StepConfig,
+                MatmulConfig,
+                TrunkCacheConfig,
+            ):
                 check(partial(self.part, kind))
 
     def part(self, kind: type[Part]) -> Part:
         """The slice that a part gets: its own dataclass, with this run's values."""
-        return kind(**{each.name: getattr(self, each.name) for each in fields(kind)})  # type: ignore[arg-type]
+        return part_of(self, kind)
 
     def require_complete(self) -> None:
         """Raise if something is missing that has no default."""

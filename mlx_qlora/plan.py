@@ -19,7 +19,7 @@ from mlx_qlora.data.tree import common, sorted_by_tokens
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.look.evaluate import mean_loss
 from mlx_qlora.model import backend
-from mlx_qlora.model.trunk import PLAIN, Passage, can_pack, can_share
+from mlx_qlora.model.trunk import Passage, can_pack, can_share
 from mlx_qlora.records import Batch, Example, LossSum
 
 _BUDGET = 4096  # positions at once, where nothing says otherwise
@@ -46,8 +46,8 @@ class Plan:
         return f"{what}; up to {self.layout.token_budget:,} positions at once{', compiled' if self.compiled else ''}"
 
 
-def choose(config: RunConfig, model: nn.Module, corpus: Corpus) -> Plan:
-    """The plan for a configuration, as far as the model can follow it."""
+def choose(config: RunConfig, model: nn.Module, corpus: Corpus, first: int = 0) -> Plan:
+    """The plan for a configuration, as far as the model can follow it; `first`: the first layer that is computed."""
     compiled = not backend.on_cpu() if config.compile == "auto" else config.compile == "on"
     wanted = config.layout
     if wanted == "packed" and config.compile == "on":
@@ -64,7 +64,7 @@ def choose(config: RunConfig, model: nn.Module, corpus: Corpus) -> Plan:
     layout = Layout(kind, config.token_budget or _BUDGET, rows=config.batch_size if kind is Kind.PLAIN else 1024)
     if kind is Kind.PADDED:
         layout = replace(layout, shapes=_shapes(corpus, config.max_seq_length, sharing))
-    return Plan(layout, PLAIN, compiled and kind is not Kind.PACKED, tuple(notes))
+    return Plan(layout, Passage(first=first), compiled and kind is not Kind.PACKED, tuple(notes))
 
 
 def _shapes(corpus: Corpus, longest: int, sharing: bool) -> Shapes:

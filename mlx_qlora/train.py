@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
@@ -29,6 +29,7 @@ from mlx_qlora.look.console import Console, answered
 from mlx_qlora.look.evaluate import ask_both, mean_loss, score
 from mlx_qlora.look.gap import analyse
 from mlx_qlora.model import backend, lora
+from mlx_qlora.model.activations import KeptTrunk, TrunkCacheConfig, open_kept
 from mlx_qlora.model.load import Loaded, load, wired_memory
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.plan import checked, choose
@@ -78,8 +79,8 @@ def run(config: RunConfig, quiet: bool = False) -> RunResult:
                 console.step(report, skipped)
 
                 if report.step % ready.eval_every == 0 or report.step == ready.total or stop.asked:
-                    val_loss = mean_loss(model, ready.engine.objective, ready.valid)
-                    train_loss = mean_loss(model, ready.engine.objective, ready.train_sample)
+                    val_loss = mean_loss(model, ready.engine.objective, ready.batches(ready.valid))
+                    train_loss = mean_loss(model, ready.engine.objective, ready.batches(ready.train_sample))
                     monitor = monitor.update(val_loss)
                     evaluation = EvalReport(report.step, val_loss, train_loss, monitor.is_extreme, monitor.stale)
                     history.validations.append((evaluation, report.epoch))
@@ -104,6 +105,9 @@ def run(config: RunConfig, quiet: bool = False) -> RunResult:
     finally:
         console.end_bar()
         metrics.close()
+        if ready.kept:
+            console.kept(ready.kept.kept)
+            ready.kept.kept.close()
         if history.best is None:  # nothing was validated, or nothing was finite: keep what there is
             _save_adapters(ready)
         summary = _summary(ready, history, ended)
@@ -126,6 +130,11 @@ class _Ready:
     valid: tuple[Batch, ...]
     train_sample: tuple[Batch, ...]
     corpus: Corpus
+    kept: KeptTrunk | None
+
+    def batches(self, batches: Sequence[Batch]) -> Iterable[Batch]:
+        """With what the layers below the adapters give, where that is kept."""
+        return self.kept.batches(batches) if self.kept else batches
 
 
 def _prepare(config: RunConfig, console: Console) -> _Ready:
@@ -139,7 +148,7 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
     if config.streaming and config.max_steps is None:
         raise ConfigError("max_steps: with streaming the data has no known length; say how many updates to train.")
 
-    loaded = load(config.model)
+    loaded = load(config.model, config.matmul)
     console.fact("model", loaded.describe, backend.describe())
     attached = lora.attach(loaded.model, config.lora, seed=config.seed)
     console.adapters(attached)
@@ -150,7 +159,8 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
     total, per_epoch = _length(config, corpus, batch)
     eval_every = config.eval_every or max(1, (per_epoch or total) // 4)
     console.plan(optim_config, batch.examples_per_update, per_epoch, total, eval_every)
-    plan = choose(config, loaded.model, corpus)
+    kept = open_kept(config.part(TrunkCacheConfig), loaded.model, config.model)
+    plan = choose(config, loaded.model, corpus, first=kept.first if kept else 0)
     objective = sft(config.label_smoothing, plan.passage)
     sample = corpus.train_sample()
     plan = checked(plan, loaded.model, objective, sample)
@@ -163,6 +173,8 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
     if corpus.renderer.brought_template:
         run_folder.write_atomically(folder / "chat_template.jinja", loaded.tokenizer.chat_template)
 
+    updates = corpus.updates(batch, plan.layout, config.epochs)
+    largest = max(lay_out(corpus.longest(batch.examples_per_update), plan.layout), key=lambda one: one.computed, default=None)
     engine = Engine(
         model=loaded.model,
         objective=objective,
@@ -171,6 +183,7 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
         with_key=lora.dropout_keys,
         seed=config.seed,
         compiled=plan.compiled,
+        rehearse=kept.attach(largest) if kept and largest else largest,
     )
     return _Ready(
         config=config,
@@ -178,12 +191,13 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
         attached=attached,
         folder=folder,
         engine=engine,
-        updates=corpus.updates(batch, plan.layout, config.epochs),
+        updates=kept.updates(updates) if kept else updates,
         total=total,
         eval_every=eval_every,
         valid=valid,
         train_sample=train_sample,
         corpus=corpus,
+        kept=kept,
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -15,8 +17,11 @@ from mlx_qlora.engine.optim import OptimConfig, make_optimizer
 from mlx_qlora.engine.steps import Engine, dropout_key, micro_step, steps
 from mlx_qlora.model import backend, frozen, lora
 from mlx_qlora.model.lora import LoraConfig
+from mlx_qlora.model.trunk import states_before
 from mlx_qlora.objectives.sft import sft
+from mlx_qlora.records import Batch, LossSum
 from tests.conftest import in_rows, largest_difference, make_examples, randomize_adapters, tiny_model
+from tests.test_layouts import LAYOUTS, family
 
 pytestmark = pytest.mark.skipif(
     backend.on_cpu() and shutil.which("g++") is None, reason="mx.compile on the CPU needs a C++ compiler"
@@ -70,3 +75,34 @@ def test_the_model_is_usable_after_a_compiled_step() -> None:
     micro_step(made)(lay_out(make_examples(2), in_rows(2))[0], dropout_key(0, 0))
     made.model.eval()
     assert mx.isfinite(made.model(mx.array([[3, 4, 5]]))).all()
+
+
+def test_padded_batches_behind_a_prefix_and_kept_states_compile() -> None:
+    """A dozen shapes at most are traced, and each equals the eager step."""
+    made = engine(True)
+    eager = micro_step(replace(made, compiled=False))
+    compiled = micro_step(made)
+    for batch in lay_out(family(), LAYOUTS["padded"]):
+        states = states_before(made.model, batch, 0)
+        for each in (batch, batch._replace(states=states)):
+            loss, grads = compiled(each, dropout_key(0, 0))
+            expected, expected_grads = eager(each, dropout_key(0, 0))
+            assert loss.total.item() == pytest.approx(expected.total.item(), rel=1e-5)
+            assert largest_difference(grads, expected_grads) < 1e-5
+
+
+def test_the_largest_batch_comes_first_and_changes_nothing() -> None:
+    made = make_examples(6)
+    planned = list(updates(InMemory(made), Order((6,), seed=0), BatchConfig(batch_size=2), in_rows(2), epochs=1))
+    seen: list[int] = []
+
+    def watched(model: nn.Module, batch: Batch) -> LossSum:
+        seen.append(batch.computed)
+        return sft()(model, batch)
+
+    plain = [report.loss for report in steps(engine(False), planned)]
+    largest = max((batch for update in planned for batch in update.batches), key=lambda batch: batch.computed)
+    rehearsed = replace(engine(False), rehearse=largest, objective=watched)
+    assert [report.loss for report in steps(rehearsed, planned)] == plain
+    assert seen[0] == max(seen)
+    assert len(seen) == 4

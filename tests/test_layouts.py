@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlx_qlora.data.layout import Kind, Layout, histories, lay_out
-from mlx_qlora.data.shapes import Shapes
+from mlx_qlora.data.shapes import MOST_TRACES, Shapes, fit
 from mlx_qlora.engine.accumulate import GradientAccumulator
 from mlx_qlora.engine.steps import add_losses
 from mlx_qlora.model import frozen, lora
+from mlx_qlora.model.attention import Packed
+from mlx_qlora.model.head import loss_in_chunks
 from mlx_qlora.model.lora import LoraConfig
-from mlx_qlora.model.trunk import PLAIN, Passage
+from mlx_qlora.model.trunk import PLAIN, Passage, can_pack, can_share
+from mlx_qlora.objectives.losses import cross_entropy_sum
 from mlx_qlora.objectives.sft import sft
+from mlx_qlora.plan import Plan, checked
 from mlx_qlora.records import Batch, Example, LossSum
-from tests.conftest import SHAPES, largest_difference, loss_and_gradient, randomize_adapters, tiny_model
+from tests.conftest import SHAPES, largest_difference, loss_and_gradient, make_examples, randomize_adapters, tiny_model
 
 KEY = mx.random.key(11)
 PACKABLE = [shape for shape in SHAPES if shape != "gemma2"]  # its attention is written out in its own code
@@ -108,8 +115,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpoint"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("dropout", "checkpoint"), [(0.0, False), (0.3, True)], ids=["", "dropout-checkpoint"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_layout_has_the_plain_gradient(shape: str, layout: str, dropout: float, checkpoint: bool) -> None:
@@ -119,3 +125,164 @@ def test_every_layout_has_the_plain_gradient(shape: str, layout: str, dropout: f
     batches = lay_out(family(), LAYOUTS[layout])
     got = through(model, batches, Passage(checkpoint=checkpoint, chunk=16))
     assert_same(got, plainly(model, family()))
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed-small", "padded"])
+def test_adapted_head_and_full_training_have_it_too(layout: str) -> None:
+    """An adapter on the head, with dropout; and no adapters at all: every weight is trained, embedding and norms too."""
+    adapted = tiny_model("mistral")
+    lora.attach(adapted, LoraConfig(rank=4, scale=2.0, dropout=0.3, targets=("lm_head", "v_proj")))
+    randomize_adapters(adapted)
+    full = tiny_model("mistral-tied", quantized=False)
+    for model in (adapted, full):
+        model.train()
+        got = through(model, lay_out(family(), LAYOUTS[layout]), Passage(chunk=8))
+        assert_same(got, plainly(model, family()))
+
+
+def test_the_same_places_are_dropped_in_every_layout_and_others_by_another_key() -> None:
+    model = trainable("mistral", dropout=0.5)
+    losses = [through(model, lay_out(family(), layout))[0].total.item() for layout in LAYOUTS.values()]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
+    other = through(model, lay_out(family(), LAYOUTS["packed"]), key=mx.random.key(12))[0].total.item()
+    assert abs(other - losses[0]) > 1e-3 * losses[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 14), vocabulary=st.integers(4, 6), budget=st.integers(8, 120), seed=st.integers(0, 99),
+    kind=st.sampled_from(Kind),
+)  # fmt: skip
+def test_each_target_stands_once_behind_its_own_context(
+    count: int, vocabulary: int, budget: int, seed: int, kind: Kind
+) -> None:
+    """Of few different tokens, so that beginnings in common are everywhere."""
+    made = make_examples(count, seed, vocabulary)
+    shapes = fit(np.array([len(one.tokens) - 1 for one in made]), np.full(count, 3), made[0].tokens[:4].tolist())
+    expected: Counter[tuple[object, ...]] = Counter()
+    for example in made:
+        for place in np.flatnonzero(example.weights):
+            expected[(*example.tokens[:place].tolist(), "->", int(example.tokens[place]))] += float(example.weights[place])
+    found: Counter[tuple[object, ...]] = Counter()
+    for batch in lay_out(made, Layout(kind, budget, shapes=shapes)):
+        for position, target, weight in zip(*map(np.array, (batch.positions, batch.targets, batch.weights)), strict=True):
+            if weight:
+                found[(*context(batch, int(position)), "->", int(target))] += float(weight)
+    assert found == expected
+
+
+def context(batch: Batch, position: int) -> list[int]:
+    """The tokens that a position sees."""
+    rows, shared = np.array(batch.rows), np.array(batch.shared)
+    if position >= rows.size:
+        return shared[: position - rows.size + 1].tolist()  # type: ignore[no-any-return]
+    if not batch.segments:
+        row, place = divmod(position, rows.shape[1])
+        return [*shared.tolist(), *rows[row, : place + 1].tolist()]
+    number = next(n for n, segment in enumerate(batch.segments) if segment.start <= position < segment.end)
+    seen = rows[0, batch.segments[number].start : position + 1].tolist()
+    while (number := batch.segments[number].parent) >= 0:
+        seen = rows[0, batch.segments[number].start : batch.segments[number].end].tolist() + seen
+    return seen  # type: ignore[no-any-return]
+
+
+def mixed(count: int, seed: int = 0, longest: int = 400) -> list[Example]:
+    """Lengths from 24 to 400, as chats have them; half of it supervised, nothing in common."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        length = int(np.clip(rng.lognormal(4.9, 0.6), 24, longest))
+        weights = (np.arange(length) >= length // 2).astype(np.float32)
+        made.append(Example(f"mixed:{number}", rng.integers(3, 4000, length).astype(np.int32), weights))
+    return made
+
+
+def test_packed_rows_have_no_padding() -> None:
+    for start in range(0, 160, 16):
+        update = mixed(160)[start : start + 16]
+        batches = lay_out(update, Layout(Kind.PACKED, token_budget=1024))
+        assert sum(batch.computed for batch in batches) == sum(len(example.tokens) - 1 for example in update)
+        assert all(batch.computed <= 1024 for batch in batches)
+    shared = lay_out(family(), Layout(Kind.PACKED))
+    assert sum(batch.computed for batch in shared) < 0.7 * sum(len(example.tokens) - 1 for example in family())
+
+
+@pytest.mark.parametrize("prefix", [0, 40])
+def test_padded_batches_have_a_dozen_shapes_whatever_the_data(prefix: int) -> None:
+    common = list(range(5, 5 + prefix))
+    examples = [
+        Example(one.id, np.array([*common, *one.tokens], np.int32), np.array([0.0] * prefix + one.weights.tolist()))
+        for one in mixed(600)
+    ]
+    examples[::50] = mixed(12, seed=1)  # some without the prefix
+    lengths = np.array([len(one.tokens) - 1 for one in examples])
+    places = np.array([np.count_nonzero(one.weights) for one in examples])
+    layout = Layout(Kind.PADDED, token_budget=2048, shapes=fit(lengths, places, common))
+    updates = [lay_out(examples[start : start + 16], layout) for start in range(0, 600, 16)]
+    shapes = {(b.rows.shape, b.shared.shape, b.positions.shape) for update in updates for b in update}
+    assert len(shapes) <= MOST_TRACES
+    computed = sum(b.computed for update in updates for b in update)
+    tokens = sum(len({*np.array(b.marks).tolist()} - {0}) for update in updates for b in update)
+    assert computed < 1.25 * tokens, "the price of a dozen shapes: 12 to 18 % of the positions are padding"
+
+
+def test_what_a_model_cannot_do_is_said() -> None:
+    assert can_pack(tiny_model("mistral")) == can_share(tiny_model("gemma2")) == ""
+    assert "attention" in can_pack(tiny_model("gemma2"))
+    from mlx_lm.models import lfm2
+
+    half_recurrent = lfm2.ModelArgs(
+        model_type="lfm2", vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=64, norm_eps=1e-5, conv_bias=False, conv_L_cache=3, block_dim=32, block_ff_dim=64,
+        block_multiple_of=8, block_ffn_dim_multiplier=1.0, block_auto_adjust_ff_dim=False, rope_theta=1e4,
+        full_attn_idxs=[1],
+    )  # fmt: skip
+    assert "recurrent" in can_share(lfm2.Model(half_recurrent))
+    model = tiny_model("mistral")
+    model.backbone = model.pop("model")
+    assert "not a trunk of layers" in can_pack(model)
+
+
+def test_logits_take_memory_for_a_chunk_whatever_the_batch() -> None:
+    """16 and 64 chunks of 64 places of 8,192 classes: 2 MB of logits each, and 34 or 134 MB for all of them."""
+    mx.random.seed(0)
+    weight = mx.random.normal((8192, 32)) * 0.1
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Identity()
+
+        def __call__(self, tokens: mx.array) -> mx.array:
+            return self.model(tokens) @ weight.T
+
+    def peak(places: int) -> float:
+        hidden, targets, marks = mx.random.normal((places, 32)), mx.arange(places), mx.zeros(places, mx.uint64)
+        head = Head().train()
+
+        def loss_of(logits: mx.array, targets: mx.array) -> mx.array:
+            return cross_entropy_sum(logits, targets, mx.ones(targets.shape)).total
+
+        def loss(hidden: mx.array) -> mx.array:
+            return loss_in_chunks(head, hidden, marks, loss_of, [targets])
+
+        mx.eval(hidden, targets, marks, weight)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        mx.eval(mx.value_and_grad(loss)(hidden))
+        return mx.get_peak_memory() / 1e6
+
+    peak(64)
+    assert peak(4096) < peak(1024) + 8
+
+
+def test_a_layout_that_is_wrong_here_is_switched_off_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trainable("mistral")
+    right = Packed.attend
+    monkeypatch.setattr(Packed, "attend", lambda self, q, k, v, window, **more: right(self, q, k, v * 1.05, window, **more))
+    plan = Plan(LAYOUTS["packed"], PLAIN, compiled=False)
+    switched = checked(plan, model, sft(), family())
+    assert switched.layout.kind is Kind.PADDED
+    assert "WARNING: the packed layout is switched off: its loss on 4 rows was" in switched.notes[0]
+    monkeypatch.undo()
+    assert checked(plan, model, sft(), family()) == plan

@@ -73,6 +73,13 @@ class Corpus:
         numbers = shuffled(np.arange(min(count, most)), count, (self.seed, 0x5A3))
         return [self.train[number] for number in numbers.tolist()]
 
+    def longest(self, count: int) -> list[Example]:
+        """The longest training examples; of a stream nothing is known before it is read."""
+        if self.train is None:
+            return []
+        numbers = np.argsort(self.train.lengths, kind="stable")[::-1][:count]
+        return [self.train[number] for number in numbers.tolist()]
+
     def questions(self, most: int) -> list[Question]:
         """Questions with answers from the validation rows, the first ones."""
         found: list[Question] = []

@@ -90,6 +90,8 @@ class Layout:
 
 def lay_out(examples: Sequence[Example], layout: Layout) -> tuple[Batch, ...]:
     """Batches of all examples, each example in one of them."""
+    if not examples:
+        return ()
     if layout.kind is Kind.PACKED:
         return tuple(packed(part) for part in _parts(sorted_by_tokens(examples), layout))
     if layout.kind is Kind.PADDED:

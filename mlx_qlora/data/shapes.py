@@ -1,8 +1,8 @@
 """The few shapes of padded batches, chosen for a data set, so that it costs at most a dozen compiled traces.
 
 A batch is rows x length behind a prefix, and its number of places follows from these. There are two numbers of rows
-for each length; up to six lengths without a prefix, or three with the prefix that most of the data shares and three
-without it.
+for each length. Without a common prefix there are six lengths; with one there are five behind it, and a single one
+for the few examples that do not begin with it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlx_qlora.records import Example
 
 MOST_TRACES = 12
 _STEP = 8
-_FILLED_ROWS = 1024  # positions in a batch of short rows
+_FILLED_ROWS = 512  # positions in a batch of short rows; where the last one is filled with empty rows, little is lost
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Shapes:
     lengths: tuple[int, ...] = ()
     places_of: tuple[int, ...] = ()
     prefix: tuple[int, ...] = ()  # the tokens that most of the data begins with
+    without: int = 0  # the length for what does not, if there is a prefix
 
     def groups(self, examples: Sequence[Example], budget: int) -> Iterator[tuple[Sequence[Example], int, int, int]]:
         """(examples, rows, length, tokens of prefix) of every batch; where rows are too many for the examples they repeat
@@ -36,7 +37,9 @@ class Shapes:
         for numbers, prefix in ((with_it, len(beginning)), (sorted(set(range(len(examples))) - set(with_it)), 0)):
             classes: dict[int, list[Example]] = {}
             for number in numbers:
-                classes.setdefault(self._length(len(examples[number].tokens) - 1 - prefix), []).append(examples[number])
+                size = len(examples[number].tokens) - 1 - prefix
+                length = self._length(size) if prefix or not self.prefix else max(self.without, round_up(size, _STEP))
+                classes.setdefault(length, []).append(examples[number])
             for length, members in sorted(classes.items(), reverse=True):
                 rows = full_rows(length, budget)
                 while members:
@@ -47,7 +50,8 @@ class Shapes:
 
     def places(self, rows: int, length: int) -> int:
         """How many places a batch has; 0 where that is not known."""
-        return rows * dict(zip(self.lengths, self.places_of, strict=True)).get(length, 0)
+        known = dict(zip(self.lengths, self.places_of, strict=True))
+        return rows * known.get(length, max(self.places_of) if length == self.without else 0)
 
     def _begins(self, example: Example, beginning: NDArray[np.int32]) -> bool:
         size = len(beginning)
@@ -65,21 +69,21 @@ def full_rows(length: int, budget: int) -> int:
 
 def fit(lengths: NDArray[np.integer], places: NDArray[np.integer], prefix: Sequence[int] = ()) -> Shapes:
     """The shapes for examples with so many positions and places: those lengths that leave the least padding."""
-    count = MOST_TRACES // (4 if len(prefix) else 2)
-    rows = np.concatenate([lengths, lengths - len(prefix)]) if len(prefix) else lengths
+    rows = lengths - len(prefix)
+    count = MOST_TRACES // 2 - (len(prefix) > 0)
     sizes, which = np.unique(np.maximum(_STEP, -(-rows // _STEP) * _STEP), return_inverse=True)
     chosen = best_sizes(sizes, np.bincount(which), count)
     owner = np.searchsorted(chosen, rows)
-    counts = np.concatenate([places, places]) if len(prefix) else places
-    most = [int(counts[owner == number].max(initial=1)) for number in range(len(chosen))]
-    return Shapes(tuple(chosen.tolist()), tuple(round_up(each, _STEP) for each in most), tuple(prefix))
+    most = [int(places[owner == number].max(initial=1)) for number in range(len(chosen))]
+    without = round_up(int(lengths.max()), _STEP) if len(prefix) else 0
+    return Shapes(tuple(chosen.tolist()), tuple(round_up(each, _STEP) for each in most), tuple(prefix), without)
 
 
 def best_sizes(sizes: NDArray[np.integer], counts: NDArray[np.integer], most: int) -> NDArray[np.int64]:
     """At most so many of the sizes, the largest among them, that pad least when each item takes the next larger one.
 
     >>> best_sizes(np.array([8, 16, 24, 80, 96]), np.array([5, 5, 1, 1, 9]), most=2).tolist()
-    [24, 96]
+    [16, 96]
     """
     if len(sizes) > 512:  # long documents: the search below is quadratic
         keep = np.unique(np.linspace(0, len(sizes) - 1, 512).astype(int))

@@ -42,6 +42,7 @@ class Engine:
     with_key: WithKey
     seed: int = 0
     compiled: bool = False
+    rehearse: Batch | None = None  # the largest batch of the run: computed first, so that what does not fit fails at once
 
 
 def micro_step(engine: Engine) -> MicroStep:
@@ -97,6 +98,8 @@ def steps(engine: Engine, updates: Iterable[Update]) -> Iterator[StepReport]:
     optimizer.init(model.trainable_parameters())
     accumulator = GradientAccumulator()
     skipped = in_a_row = 0
+    if engine.rehearse is not None:
+        mx.eval(step_on(engine.rehearse, dropout_key(engine.seed, 0)))
     coming = iter(updates)
     following = next(coming, None)
     begun = start = time.perf_counter()

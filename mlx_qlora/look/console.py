@@ -16,6 +16,7 @@ from mlx_qlora.errors import MlxQloraError
 from mlx_qlora.look.account import facts, training_notes
 from mlx_qlora.look.evaluate import Answered, Scores
 from mlx_qlora.look.gap import GapAnalysis, grade
+from mlx_qlora.model.activations import KeptStates
 from mlx_qlora.model.lora import Attached
 from mlx_qlora.records import EvalReport, StepReport
 
@@ -105,6 +106,13 @@ class Console:
         account = audit.accounts["train"]
         read = f"{account.rows:,} rows read in an epoch, {account.examples:,} examples"
         self.fact("stream", f"{read}, {account.supervised_tokens:,} trained tokens", *training_notes(audit))
+
+    def kept(self, kept: KeptStates) -> None:
+        """What became of the states that the layers below the adapters give."""
+        damage = f"; {kept.damaged} damaged runs were made again" if kept.damaged else ""
+        self.fact("kept", f"{len(kept):,} positions of the layers below the adapters in {kept.folder}{damage}")
+        if kept.problem:
+            self.say(f"{'':<9} no more was kept: {kept.problem}")
 
     def layout(self, what: str, notes: Sequence[str]) -> None:
         self.fact("layout", what, *notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from mlx_qlora.model import lora
 from mlx_qlora.records import Batch, LossSum
 
 
-def mean_loss(model: nn.Module, objective: Callable[[nn.Module, Batch], LossSum], batches: Sequence[Batch]) -> float:
+def mean_loss(model: nn.Module, objective: Callable[[nn.Module, Batch], LossSum], batches: Iterable[Batch]) -> float:
     """The objective over all batches, weighted by tokens like in training, without dropout."""
     was_training = model.training
     model.eval()

@@ -48,10 +48,10 @@ class Recorder:
 class Prefixed:
     """The cache of rows that stand behind a prefix."""
 
-    def __init__(self, kept: Sequence[mx.array]):
-        self.prefix = list(kept)
+    def __init__(self, kept: Sequence[mx.array], offset: int):
+        self.prefix = list(kept)  # empty for a layer that is not computed
         self.kept: list[mx.array] = []
-        self.offset = kept[0].shape[2]
+        self.offset = offset
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Any:
         return causal(length, self.offset, window_size, return_array)
@@ -66,7 +66,7 @@ class Prefixed:
         return self.prefix
 
     def around(self, arrays: Sequence[mx.array]) -> Prefixed:
-        return Prefixed(arrays)
+        return Prefixed(arrays, self.offset)
 
 
 class Packed:

@@ -4,11 +4,12 @@ On the CPU `mx.quantized_matmul` is slow (2.3 GFLOP/s in float32 on 2 cores), so
 multiplied at the speed of the BLAS (185 GFLOP/s). Left to autograd, each dequantised weight would stay alive until
 the backward; here the backward dequantises again, and `mx.depends` ties that to the cotangent, because otherwise the
 lazy graph runs it early. Peak over 48 layers of 1024x1024: 247 MB plain, 59 MB so.
-GPUs have a fast kernel of their own, and keep it.
+GPUs have a fast kernel of their own. `matmul.py` measures which way is faster for which shape.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -17,30 +18,19 @@ from mlx.utils import tree_unflatten
 
 from mlx_qlora.model import backend
 
-# Below this many rows the kernel is faster even on the CPU: 1 row 0.9 ms against 1.6 ms (1024x1024), 4 rows 6.9
-# against 1.8.
-_FEW_ROWS = 3
+# From how many rows on the weight is dequantised.
+ALWAYS, NEVER = 1, 2**31
+_ON_CPU = 3  # 1 row 0.9 ms against 1.6 ms (1024x1024), 4 rows 6.9 against 1.8
 
 
-def quantized_matmul(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array,
-    biases: mx.array | None,
-    *,
-    group_size: int,
-    bits: int,
-    mode: str = "affine",
-) -> mx.array:
-    """`x @ dequantize(weight).T`; the gradient reaches `x` only. Equal to `mx.quantized_matmul` up to rounding."""
-    kind: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
-    few = x.size // x.shape[-1] < _FEW_ROWS
-    if few or not backend.on_cpu():
-        return mx.quantized_matmul(x, weight, scales=scales, biases=biases, transpose=True, **kind)
-    return dequantized_matmul(x, weight, scales, biases, **kind)
+def kernel_matmul(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None, **kind: Any) -> mx.array:
+    """MLX's own."""
+    return mx.quantized_matmul(x, weight, scales=scales, biases=biases, transpose=True, **kind)
 
 
 def dequantized_matmul(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array | None, **kind: Any) -> mx.array:
+    """`x @ dequantize(weight).T`; the gradient reaches `x` only. Equal to the kernel up to rounding."""
+
     def dense(packed: mx.array) -> mx.array:
         return mx.dequantize(packed, scales, biases, **kind, dtype=x.dtype)
 
@@ -57,28 +47,32 @@ def dequantized_matmul(x: mx.array, weight: mx.array, scales: mx.array, biases: 
 
 
 class FrozenLinear(nn.QuantizedLinear):
-    """A `QuantizedLinear` with the matmul above."""
+    """A `QuantizedLinear` that is multiplied in the faster way."""
+
+    dense_from: int
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = quantized_matmul(
-            x, self["weight"], self["scales"], self.get("biases"),
-            group_size=self.group_size, bits=self.bits, mode=self.mode,
-        )  # fmt: skip
+        y = _product(self, x)
         return y + self["bias"] if "bias" in self else y
 
 
 class FrozenEmbedding(nn.QuantizedEmbedding):
-    """A `QuantizedEmbedding` that, tied to the head, multiplies as above: 776x192 -> 4,096 in 7 ms instead of 517."""
+    """A `QuantizedEmbedding` that, tied to the head, is multiplied so too: 776x192 -> 4,096 in 7 ms instead of 517."""
+
+    dense_from: int
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return quantized_matmul(
-            x, self["weight"], self["scales"], self.get("biases"),
-            group_size=self.group_size, bits=self.bits, mode=self.mode,
-        )  # fmt: skip
+        return _product(self, x)
 
 
-def dense_twins(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """For each quantised layer that is multiplied dequantised, a dense one for a while: (path, layer).
+def _product(module: Any, x: mx.array) -> mx.array:
+    way = dequantized_matmul if x.size // x.shape[-1] >= module.dense_from else kernel_matmul
+    kind = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+    return way(x, module["weight"], module["scales"], module.get("biases"), **kind)
+
+
+def dense_twins(model: nn.Module, rows: int) -> list[tuple[str, nn.Module]]:
+    """For each quantised layer that is dequantised for so many rows, a dense one for a while: (path, layer).
 
     For what is used many times in a row, as the head is, chunk by chunk: each time anew, 32,000 x 512 costs as much
     as the multiplication with 64 rows.
@@ -108,14 +102,24 @@ _FASTER: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def install(model: nn.Module) -> int:
-    """Give the quantised layers of a model the matmul above; says how many. Arrays and names stay as they are."""
-    twins = [(path, _adopt(_FASTER[type(module)], module)) for path, module in model.named_modules() if type(module) in _FASTER]
+def install(model: nn.Module, dense_from: Callable[[nn.Module], int] | None = None) -> int:
+    """Give the quantised layers of a model this matmul; says how many. Arrays and names stay as they are.
+
+    `dense_from` says for a layer from how many rows on it is dequantised; without it, on the CPU nearly always and on
+    a GPU never.
+    """
+    rule = dense_from or (lambda _: _ON_CPU if backend.on_cpu() else NEVER)
+    twins = []
+    for path, module in model.named_modules():
+        if type(module) in _FASTER:
+            twin = _adopt(_FASTER[type(module)], module)
+            twin.dense_from = rule(module)
+            twins.append((path, twin))
     model.update_modules(tree_unflatten(twins))
     return len(twins)
 
 
-def _adopt(kind: type[nn.Module], module: nn.Module) -> nn.Module:
+def _adopt(kind: type[nn.Module], module: nn.Module) -> Any:
     """The same module, arrays shared, as an instance of another class."""
     twin = kind.__new__(kind)
     twin.__dict__.update(module.__dict__)

@@ -53,7 +53,7 @@ def loss_in_chunks(
     """The summed loss over places, whose hidden states are [S, D]. In training mode the gradient with respect to the
     hidden states, and to what is trained in the head, is made while a chunk's logits are there; they are never kept.
     """
-    dense = {path: twin for path, twin in frozen.dense_twins(language) if not path.startswith(_LAYERS)}
+    dense = {path: twin for path, twin in frozen.dense_twins(language, chunk) if not path.startswith(_LAYERS)}
     language = _with(language, dense)
     adapters = [layer for path, layer in lora.adapted(language) if not path.startswith(_LAYERS)]
     # What is trained outside of the layers; a norm before the head belongs to the trunk, and has no gradient here.

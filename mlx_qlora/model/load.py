@@ -15,7 +15,7 @@ from mlx.utils import tree_map
 
 from mlx_qlora.assets import EMBEDDED, embedded_model
 from mlx_qlora.errors import ModelError
-from mlx_qlora.model import backend, frozen
+from mlx_qlora.model import backend, matmul
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,17 @@ class Loaded:
         return f"{self.name} ({kind}, {f'{bits}-bit' if bits else 'not quantised'})"
 
 
-def load(name: str) -> Loaded:
-    """Load a folder, a model of the hub, or `embedded`, the tiny 4-bit Mistral of this package."""
+def load(name: str, matmul: str = "auto") -> Loaded:
+    """Load a folder, a model of the hub, or `embedded`, the tiny 4-bit Mistral of this package.
+
+    `matmul`: how its quantised weights are multiplied; see `MatmulConfig`.
+    """
     import mlx_lm
 
     folder = embedded_model() if name == EMBEDDED else _folder(name)
     try:
         model, tokenizer, config = mlx_lm.load(str(folder), lazy=True, return_config=True)
-        _prepare(model)
+        _prepare(model, matmul)
     except Exception as error:  # whatever a broken folder makes mlx-lm, transformers or MLX raise
         raise ModelError(f"{name}: this model can't be loaded: {_one_line(error)}") from error
     return Loaded(model, tokenizer, config, name)
@@ -78,12 +81,12 @@ def wired_memory(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _prepare(model: nn.Module) -> None:
-    frozen.install(model)
+def _prepare(model: nn.Module, how: str) -> None:
     model.update(tree_map(_computable, model.parameters()))
     model.freeze()
     model.eval()
     mx.eval(model.parameters())
+    matmul.install(model, how)
 
 
 def _computable(array: mx.array) -> mx.array:

@@ -156,7 +156,7 @@ def _flat(trunk: nn.Module, batch: Batch, stub: Callable[[int, nn.Module], Any])
         return _joined_rows(run(batch.rows, None, slice(None)))
     recorders = [Recorder() for _ in layers]
     shared = run(batch.shared[None], recorders, slice(rows, None))
-    behind = [Prefixed(recorder.kept) if recorder.kept else None for recorder in recorders]
+    behind = [Prefixed(recorder.kept, batch.shared.size) for recorder in recorders]
     return mx.concatenate([_joined_rows(run(batch.rows, behind, slice(rows))), shared[0]])
 
 
