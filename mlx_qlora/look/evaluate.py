@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qlora.data.render import Question
 from mlx_qlora.model import lora
+from mlx_qlora.model.trunk import can_share
 from mlx_qlora.records import Batch, LossSum
 
 
@@ -62,11 +64,36 @@ def ask_both(model: nn.Module, tokenizer: Any, questions: Sequence[Question], ma
 
 
 def generate_answers(model: nn.Module, tokenizer: Any, questions: Sequence[Question], max_tokens: int) -> list[str]:
+    """Greedy answers, many at a time; what all prompts begin with goes through the model once."""
     from mlx_lm import batch_generate
 
     model.eval()
-    response = batch_generate(model, tokenizer, [list(q.prompt) for q in questions], max_tokens=max_tokens)
+    prompts = [list(question.prompt) for question in questions]
+    shared = _shared(prompts) if can_share(model) == "" else 0
+    caches = None
+    if shared >= _WORTH:
+        caches = [_filled_cache(model, prompts[0][:shared])] * len(prompts)  # merged into a batch, and not written to
+    response = batch_generate(model, tokenizer, [each[shared:] if caches else each for each in prompts], caches, max_tokens)
     return [text.strip() for text in response.texts]
+
+
+_WORTH = 16  # a shorter beginning is not worth a pass of its own
+
+
+def _shared(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with; each keeps one of its own, to be answered."""
+    first, last = min(prompts), max(prompts)
+    most = min(map(len, prompts)) - 1
+    return next((place for place in range(most) if first[place] != last[place]), most)
+
+
+def _filled_cache(model: nn.Module, tokens: Sequence[int]) -> list[Any]:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache: list[Any] = make_prompt_cache(model)
+    model(mx.array([tokens]), cache=cache)
+    mx.eval([each.state for each in cache])
+    return cache
 
 
 def score(pairs: Sequence[tuple[str, str]]) -> Scores:
