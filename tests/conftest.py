@@ -16,8 +16,11 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_qlora.data.layout import Kind, Layout
+from mlx_qlora.model import backend
 from mlx_qlora.model.load import Loaded, load
 from mlx_qlora.records import Example
+
+backend.reuse_memory()
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "num_attention_heads": 4,

@@ -151,6 +151,7 @@ def race(spec: Spec, turns: Turns) -> None:
     import mlx_lm
 
     model = mlx_lm.load(spec.model, lazy=True)[0]
+    backend.reuse_memory()
     products = Multiplications(sizes_of(model, spec.layers), spec.rank)
     del model
     turns.ready()

@@ -77,6 +77,7 @@ def _begin(spec: Spec) -> tuple[nn.Module, Any]:
 
     model, tokenizer = mlx_lm.load(spec.model)[:2]
     if spec.same_kernels:
+        backend.reuse_memory()
         frozen.install(model)
     if backend.on_cpu():
         model.update(tree_map(_float32, model.parameters()))

@@ -58,7 +58,7 @@ class _Arguments(ModelShape):
     """Of mlx-lm, mlx-lm-lora, mlx-tune, flat, with commas; without it: what is installed of the first three.
     flat is this library's plain twin."""
     same_kernels: bool = False
-    """Give the others our BLAS and our matmul of frozen weights, so that what remains is the algorithm."""
+    """Give the others our BLAS, our allocator and our matmul of frozen weights, so that what remains is the algorithm."""
     ours: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A further contestant of ours with other settings of a run, as key=value,key=value; can be given again."""
     floor: bool = True

@@ -82,6 +82,7 @@ def wired_memory(model: nn.Module) -> Iterator[None]:
 
 
 def _prepare(model: nn.Module, how: str) -> None:
+    backend.reuse_memory()
     model.update(tree_map(_computable, model.parameters()))
     model.freeze()
     model.eval()
