@@ -129,3 +129,28 @@ def test_a_model_that_is_not_trunk_then_head_runs_whole() -> None:
     assert can_pack(model)
     with pytest.raises(CannotShare, match="not a trunk of layers"):
         sft()(model, packed(sorted_by_tokens(examples)))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_loss_and_gradient_are_mlx_s_own(smoothing: float) -> None:
+    """Also where one class has nearly everything, or the target next to nothing."""
+    mx.random.seed(3)
+    logits = mx.random.normal((40, 300)) * mx.array([0.01, 1.0, 10.0, 60.0] * 10)[:, None]
+    targets, weights = mx.random.randint(0, 300, (40,)), mx.random.uniform(0, 1, (40,))
+
+    def theirs(logits: mx.array) -> mx.array:
+        losses = nn.losses.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
+        return (losses * weights).sum()
+
+    expected, expected_gradient = mx.value_and_grad(theirs)(logits)
+    loss, gradient = mx.value_and_grad(lambda logits: cross_entropy_sum(logits, targets, weights, smoothing).total)(logits)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert mx.abs(gradient - expected_gradient).max().item() < 1e-6
+
+
+def test_a_place_without_weight_may_hold_anything() -> None:
+    logits = mx.array([[1.0, 2.0], [math.inf, math.inf], [math.nan, 0.0]])
+    weights = mx.array([1.0, 0.0, 0.0])
+    loss, gradient = mx.value_and_grad(lambda logits: cross_entropy_sum(logits, mx.array([0, 1, 0]), weights).total)(logits)
+    assert loss.item() == pytest.approx(math.log(1 + math.e))
+    assert mx.isfinite(gradient).all()
