@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_qlora.errors import ModelError
 from mlx_qlora.model import backend, lora
 from mlx_qlora.model.attention import Packed, Prefixed, Recorder, can_unpack, copied, unpacking
-from mlx_qlora.model.head import CHUNK, TRUNK, LossOf, logits_of, loss_in_chunks
+from mlx_qlora.model.head import TRUNK, LossOf, logits_of, loss_in_chunks
 from mlx_qlora.records import Batch
 
 _INNER = "language_model"  # models that see and read keep the reading part here
@@ -35,7 +35,7 @@ class Passage:
 
     checkpoint: bool = False  # a layer keeps its input only and is computed again in the backward
     first: int = 0  # the first layer that is computed, where `batch.states` brings what goes into it
-    chunk: int = CHUNK  # places whose logits exist at once
+    chunk: int = 0  # places whose logits exist at once; 0: as the vocabulary lets them
 
 
 PLAIN = Passage()
