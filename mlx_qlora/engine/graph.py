@@ -1,0 +1,270 @@
+"""The graph of a traced step, and in it what MLX's own graph has where tracing shows something simpler.
+
+`mx.export_function` gives the primitives of a function with the shapes of all arrays, and computes nothing. A step is
+traced with marks (model/transforms.py) around the functions whose gradients are not MLX's; `with_repeats` puts in what
+the real ones compute again: a checkpointed layer after its first pass is done, a dequantised weight at each use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+# The marks are the last inputs of a traced function, in this order.
+MARKS = ("layer begins", "layer ends", "product begins", "product ends")
+
+_VIEWS = {"Transpose", "Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze", "Depends", "StopGradient"}
+
+
+class Shape(NamedTuple):
+    """An array that is not there."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def size(self) -> int:
+        size = 1
+        for each in self.shape:
+            size *= each
+        return size
+
+
+class Node(NamedTuple):
+    """A primitive: what it takes, and what it gives."""
+
+    name: str
+    arguments: Sequence[Any]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass
+class Graph:
+    """Primitives in an order in which they could run; arrays by their names."""
+
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    arrays: dict[str, Shape] = field(default_factory=dict)
+    constants: set[str] = field(default_factory=set)
+
+    def made_by(self) -> dict[str, int]:
+        """The node that gives each array."""
+        return {name: number for number, node in enumerate(self.nodes) for name in node.outputs}
+
+    def used_by(self) -> dict[str, list[int]]:
+        """The nodes that take each array."""
+        users: dict[str, list[int]] = {}
+        for number, node in enumerate(self.nodes):
+            for name in node.inputs:
+                users.setdefault(name, []).append(number)
+        return users
+
+
+def trace(function: Callable[..., Sequence[mx.array]], inputs: Sequence[mx.array]) -> Graph:
+    """The graph of a function of arrays, of which only shapes and dtypes count: nothing is computed.
+
+    MLX simplifies it as `mx.compile` would: what is computed twice in the same way is there once.
+    """
+    graph = Graph()
+
+    def read(event: dict[str, Any]) -> None:
+        kind = event["type"]
+        if kind == "constants":
+            for name, array in event["constants"]:
+                graph.arrays[name] = Shape(tuple(array.shape), array.dtype.size)
+                graph.constants.add(name)
+        elif kind == "primitive":
+            _learn(graph, [*event["inputs"], *event["outputs"]])
+            names = tuple(name for name, *_ in event["inputs"]), tuple(name for name, *_ in event["outputs"])
+            graph.nodes.append(Node(event["name"], event["arguments"], *names))
+        elif kind in ("inputs", "outputs"):
+            _learn(graph, event[kind])
+            getattr(graph, kind).extend(name for name, *_ in event[kind])
+
+    mx.export_function(read, function, *inputs)
+    return graph
+
+
+def _learn(graph: Graph, arrays: Iterable[Any]) -> None:
+    for name, shape, dtype in arrays:
+        graph.arrays[name] = Shape(tuple(shape), dtype.size)
+
+
+def with_repeats(graph: Graph) -> Graph:
+    """The graph with what is computed again, and without its marks."""
+    marks = dict(zip(MARKS, graph.inputs[-len(MARKS) :], strict=True))
+    graph = Graph(graph.inputs[: -len(MARKS)], graph.outputs, graph.nodes, graph.arrays, graph.constants)
+    made = graph.made_by()
+    bare = _bare(graph)
+    products = [
+        _inside(graph, made, begin, end, None) - bare
+        for begin, end in _pairs(graph, marks["product begins"], marks["product ends"])
+    ]
+    own = set().union(*products)
+    layers = []
+    for begin, end in _pairs(graph, marks["layer begins"], marks["layer ends"]):
+        layers.append((_inside(graph, made, begin, end, own), begin, end))
+    return _Rewriting(graph, made, products, layers, set(marks.values())).graph()
+
+
+def _bare(graph: Graph) -> set[int]:
+    """The nodes that follow from constants alone; tracing makes one of all that are alike."""
+    names = set(graph.constants)
+    found = set()
+    for number, node in enumerate(graph.nodes):
+        if names.issuperset(node.inputs):
+            names.update(node.outputs)
+            found.add(number)
+    return found
+
+
+def _pairs(graph: Graph, begins: str, ends: str) -> Iterator[tuple[int, int]]:
+    """(node where a marked function begins, node where it ends); what begins inside another ends inside it."""
+    opened: list[int] = []
+    for number, node in enumerate(graph.nodes):
+        if begins in node.inputs:
+            opened.append(number)
+        elif ends in node.inputs:
+            begin = next(one for one in reversed(opened) if _reaches(graph, one, number))
+            opened.remove(begin)
+            yield begin, number
+
+
+def _reaches(graph: Graph, begin: int, end: int) -> bool:
+    """Whether a node goes into a later one."""
+    reached = set(graph.nodes[begin].outputs)
+    for node in graph.nodes[begin + 1 : end + 1]:
+        if not reached.isdisjoint(node.inputs):
+            reached.update(node.outputs)
+    return not reached.isdisjoint(graph.nodes[end].outputs)
+
+
+def _inside(graph: Graph, made: Mapping[str, int], begin: int, end: int, besides: set[int] | None) -> set[int]:
+    """The nodes between two marks. Of those that do not follow from the first one only `besides`, where it is given."""
+    follows = set(graph.nodes[begin].outputs)
+    for node in graph.nodes[begin + 1 : end]:
+        if not follows.isdisjoint(node.inputs):
+            follows.update(node.outputs)
+    found: set[int] = set()
+    waiting = [made[name] for name in graph.nodes[end].inputs if name in made]
+    while waiting:
+        number = waiting.pop()
+        node = graph.nodes[number]
+        belongs = besides is None or number in besides or not follows.isdisjoint(node.outputs)
+        if number == begin or number in found or not belongs:
+            continue
+        found.add(number)
+        waiting += [made[name] for name in node.inputs if name in made]
+    return found
+
+
+class _Rewriting:
+    """One pass over the nodes that copies, renames and adds."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        made: Mapping[str, int],
+        products: Sequence[set[int]],
+        layers: Sequence[tuple[set[int], int, int]],
+        marks: set[str],
+    ):
+        self._old, self._made, self._marks = graph, made, marks
+        self._users = graph.used_by()
+        self._new = Graph(graph.inputs, [], [], dict(graph.arrays), graph.constants)
+        self._products: dict[int, list[set[int]]] = {}
+        for inside in products:
+            for number in inside:
+                self._products.setdefault(number, []).append(inside)
+        self._layer_of = {number: layer for layer in layers for number in layer[0]}
+        self._layer_ends = {end: (begin, end) for _, begin, end in layers}
+        self._renamed: dict[str, str] = {}
+        self._again: dict[int, dict[str, str]] = {}  # of each layer, by where it ends: what its second pass gives
+
+    def graph(self) -> Graph:
+        for number, node in enumerate(self._old.nodes):
+            if not self._marks.isdisjoint(node.inputs):
+                self._marked(number, node)
+            else:
+                self._new.nodes.append(node._replace(inputs=tuple(self._input(number, name) for name in node.inputs)))
+        self._new.outputs = [self._now(name) for name in self._old.outputs]
+        return self._new
+
+    def _now(self, name: str) -> str:
+        return self._renamed.get(name, name)
+
+    def _marked(self, number: int, node: Node) -> None:
+        """A mark goes; what a custom function gives is a view that holds on to what went in."""
+        inputs = [name for name in node.inputs if name not in self._marks]
+        if number in self._layer_ends:
+            begin = self._old.nodes[self._layer_ends[number][0]]
+            entered = [self._now(name) for name in begin.outputs]
+            mine = [self._now(name) for name in inputs]
+            self._new.nodes.append(Node("CustomTransforms", (), (*entered, *mine), node.outputs))
+        else:
+            for old, came in zip(node.outputs, inputs, strict=True):
+                self._renamed[old] = self._now(came)
+
+    def _input(self, user: int, name: str) -> str:
+        """What a node really takes: its own array, or the same computed again."""
+        maker = self._made.get(name)
+        if maker is None or maker == user:
+            return name
+        products = self._products.get(maker, ())
+        if products and not any(user in product for product in products):
+            return self._copied(name, products[0], {}, self._beside(user, name))
+        layer = self._layer_of.get(maker)
+        if layer is not None and user not in layer[0] and user != layer[2]:
+            return self._computed_again(name, layer)
+        return self._now(name)
+
+    def _beside(self, user: int, name: str) -> str | None:
+        """What a weight is multiplied with in the backward; it is not dequantised before that is there."""
+        node = self._old.nodes[user]
+        while node.name in _VIEWS and len(self._users.get(node.outputs[0], ())) == 1:
+            name, user = node.outputs[0], self._users[node.outputs[0]][0]
+            node = self._old.nodes[user]
+        others = [each for each in node.inputs if each != name]
+        return others[0] if others else None
+
+    def _computed_again(self, name: str, layer: tuple[set[int], int, int]) -> str:
+        inside, begin, end = layer
+        if end not in self._again:
+            entered, ended = self._old.nodes[begin].outputs, self._old.nodes[end].outputs
+            copies = {each: self._fresh(each) for each in entered}
+            held = (*map(self._now, entered), *map(self._now, ended))
+            self._new.nodes.append(Node("Depends", (), held, tuple(copies.values())))
+            self._again[end] = copies
+        return self._copied(name, inside, self._again[end], None)
+
+    def _copied(self, name: str, inside: set[int], copies: dict[str, str], after: str | None) -> str:
+        """The array as a copy of the nodes that give it computes it; `after` says what has to be there before."""
+        maker = self._made.get(name)
+        if name in copies:
+            return copies[name]
+        if maker is None or maker not in inside:
+            if after is None or name in self._new.constants or maker is not None:
+                return self._now(name)
+            copies[name] = self._fresh(name)
+            self._new.nodes.append(Node("Depends", (), (name, self._now(after)), (copies[name],)))
+            return copies[name]
+        node = self._old.nodes[maker]
+        if not self._marks.isdisjoint(node.inputs):  # a product inside a layer
+            inner = [each for each in node.inputs if each not in self._marks]
+            for old, came in zip(node.outputs, inner, strict=True):
+                copies[old] = self._copied(came, inside, copies, after)
+            return copies[name]
+        inputs = tuple(self._copied(each, inside, copies, after) for each in node.inputs)
+        copies |= {each: self._fresh(each) for each in node.outputs}
+        self._new.nodes.append(node._replace(inputs=inputs, outputs=tuple(copies[each] for each in node.outputs)))
+        return copies[name]
+
+    def _fresh(self, name: str) -> str:
+        fresh = f"{name}'{len(self._new.arrays)}"
+        self._new.arrays[fresh] = self._new.arrays[name]
+        return fresh

@@ -1,0 +1,77 @@
+"""MLX's `custom_function` and `checkpoint`, and what stands in for them while a step is traced.
+
+`mx.export_function` shows the graph of a step with the shape of every array, and computes nothing; but it does not know
+the node that these two put into a graph. While `traced` is on, functions with gradients of their own are differentiated
+as they are, and a checkpointed function is marked where it begins and where it ends; `engine.memory` puts into the graph
+what the real ones do: weights dequantised once for each use, layers computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+_marks: Sequence[mx.array] = ()  # that mark where a layer begins and ends, and where a product begins and ends
+
+
+@contextmanager
+def traced(marks: Sequence[mx.array]) -> Iterator[list[mx.array]]:
+    """While inside, graphs have no custom nodes; `mx.depends` on one of the four marks says where something begins or
+    ends. Gives a list that will hold the sums of losses as they are; what stands in for them is never computed.
+    """
+    global _marks, _sums
+    before, _marks, _sums = (_marks, _sums), marks, []
+    try:
+        yield _sums
+    finally:
+        _marks, _sums = before
+
+
+_sums: list[mx.array] = []
+
+
+def custom_function(function: Callable[..., Any]) -> Any:
+    return _Plain(function) if _marks else mx.custom_function(function)
+
+
+def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
+    if not _marks:
+        return mx.checkpoint(function)
+    begin, end, *_ = _marks
+
+    def marked(params: Any, *inputs: mx.array) -> Any:
+        return tuple(mx.depends(list(function(params, *mx.depends(list(inputs), [begin]))), [end]))
+
+    return marked
+
+
+class _Plain:
+    """A custom function without its node.
+
+    One that gives a single array is differentiated by MLX. One whose first output is a sum of losses has its gradient
+    at hand: the product of what came in and that gradient has it as its derivative, and is never computed itself.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+        self._rule: Callable[..., Any] | None = None
+
+    def vjp(self, rule: Callable[..., Any]) -> _Plain:
+        self._rule = rule
+        return self
+
+    def __call__(self, *inputs: mx.array) -> Any:
+        *_, begin, end = _marks
+        outputs = self._function(*mx.depends(list(inputs), [begin]))
+        if isinstance(outputs, mx.array):
+            return mx.depends([outputs], [end])[0]
+        fixed = [mx.stop_gradient(each) for each in inputs]
+        outputs = self._function(*fixed)
+        assert self._rule is not None
+        gradients: Sequence[mx.array] = self._rule(fixed, [mx.array(1.0), *outputs[1:]], outputs)
+        _sums.append(mx.stop_gradient(outputs[0]))
+        total = sum((mx.stop_gradient(g) * x).sum() for g, x in zip(gradients, inputs, strict=True))
+        return (total, *outputs[1:])
