@@ -7,6 +7,7 @@ the real ones compute again: a checkpointed layer after its first pass is done, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -101,15 +102,21 @@ def with_repeats(graph: Graph) -> Graph:
     graph = Graph(graph.inputs[: -len(MARKS)], graph.outputs, graph.nodes, graph.arrays, graph.constants)
     made = graph.made_by()
     bare = _bare(graph)
-    products = [
-        _inside(graph, made, begin, end, None) - bare
-        for begin, end in _pairs(graph, marks["product begins"], marks["product ends"])
-    ]
-    own = set().union(*products)
-    layers = []
-    for begin, end in _pairs(graph, marks["layer begins"], marks["layer ends"]):
-        layers.append((_inside(graph, made, begin, end, own), begin, end))
+    products, layers = (
+        [_Marked(begin, end, _inside(graph, made, begin, end) - bare) for begin, end in _pairs(graph, marks[a], marks[b])]
+        for a, b in (MARKS[2:], MARKS[:2])
+    )
+    counts = Counter(number for layer in layers for number in layer.inside)  # what several have is made outside of them
+    layers = [_Marked(begin, end, {each for each in inside if counts[each] == 1}) for begin, end, inside in layers]
     return _Rewriting(graph, made, products, layers, set(marks.values())).graph()
+
+
+class _Marked(NamedTuple):
+    """A function between two marks: the nodes of these, and those between them."""
+
+    begin: int
+    end: int
+    inside: set[int]
 
 
 def _bare(graph: Graph) -> set[int]:
@@ -144,22 +151,16 @@ def _reaches(graph: Graph, begin: int, end: int) -> bool:
     return not reached.isdisjoint(graph.nodes[end].outputs)
 
 
-def _inside(graph: Graph, made: Mapping[str, int], begin: int, end: int, besides: set[int] | None) -> set[int]:
-    """The nodes between two marks. Of those that do not follow from the first one only `besides`, where it is given."""
-    follows = set(graph.nodes[begin].outputs)
-    for node in graph.nodes[begin + 1 : end]:
-        if not follows.isdisjoint(node.inputs):
-            follows.update(node.outputs)
+def _inside(graph: Graph, made: Mapping[str, int], begin: int, end: int) -> set[int]:
+    """The nodes between two marks, and what else goes into them."""
     found: set[int] = set()
     waiting = [made[name] for name in graph.nodes[end].inputs if name in made]
     while waiting:
         number = waiting.pop()
-        node = graph.nodes[number]
-        belongs = besides is None or number in besides or not follows.isdisjoint(node.outputs)
-        if number == begin or number in found or not belongs:
+        if number == begin or number in found:
             continue
         found.add(number)
-        waiting += [made[name] for name in node.inputs if name in made]
+        waiting += [made[name] for name in graph.nodes[number].inputs if name in made]
     return found
 
 
@@ -167,61 +168,65 @@ class _Rewriting:
     """One pass over the nodes that copies, renames and adds."""
 
     def __init__(
-        self,
-        graph: Graph,
-        made: Mapping[str, int],
-        products: Sequence[set[int]],
-        layers: Sequence[tuple[set[int], int, int]],
-        marks: set[str],
+        self, graph: Graph, made: Mapping[str, int], products: Sequence[_Marked], layers: Sequence[_Marked], marks: set[str]
     ):
         self._old, self._made, self._marks = graph, made, marks
         self._users = graph.used_by()
         self._new = Graph(graph.inputs, [], [], dict(graph.arrays), graph.constants)
-        self._products: dict[int, list[set[int]]] = {}
-        for inside in products:
-            for number in inside:
-                self._products.setdefault(number, []).append(inside)
-        self._layer_of = {number: layer for layer in layers for number in layer[0]}
-        self._layer_ends = {end: (begin, end) for _, begin, end in layers}
-        self._renamed: dict[str, str] = {}
+        self._products: dict[int, list[_Marked]] = {}
+        for product in products:
+            for number in product.inside:
+                self._products.setdefault(number, []).append(product)
+        self._layer_of = {number: layer for layer in layers for number in layer.inside}
+        self._begins = {each.end: each.begin for each in (*products, *layers)}
+        self._now: dict[str, str] = {}  # what a mark gave is now what it took
         self._again: dict[int, dict[str, str]] = {}  # of each layer, by where it ends: what its second pass gives
 
     def graph(self) -> Graph:
         for number, node in enumerate(self._old.nodes):
-            if not self._marks.isdisjoint(node.inputs):
-                self._marked(number, node)
-            else:
-                self._new.nodes.append(node._replace(inputs=tuple(self._input(number, name) for name in node.inputs)))
-        self._new.outputs = [self._now(name) for name in self._old.outputs]
+            self._put(number, node, lambda name, user=number: self._input(user, name), self._now, {})  # type: ignore[misc]
+        self._new.outputs = [self._now.get(name, name) for name in self._old.outputs]
         return self._new
 
-    def _now(self, name: str) -> str:
-        return self._renamed.get(name, name)
+    def _put(self, number: int, node: Node, find: Callable[[str], str], began: dict[str, str], fresh: dict[str, str]) -> None:
+        """A node with other inputs and outputs. A mark is left out where something begins, and where it ends there
+        stands what a custom function leaves in a graph: a view of its outputs that holds on to its inputs."""
+        if self._marks.isdisjoint(node.inputs):
+            inputs = [self._own(name) for name in map(find, node.inputs)]
+            outputs = tuple(fresh.get(name, name) for name in node.outputs)
+            self._new.nodes.append(node._replace(inputs=tuple(inputs), outputs=outputs))
+            return
+        inputs = [find(name) for name in node.inputs if name not in self._marks]
+        if number not in self._begins:
+            began |= dict(zip(node.outputs, inputs, strict=True))
+            return
+        entered = [find(name) for name in self._old.nodes[self._begins[number]].outputs]
+        stopped = [self._fresh(name) for name in inputs]
+        self._new.nodes += [Node("StopGradient", (), (a,), (b,)) for a, b in zip(inputs, stopped, strict=True)]
+        outputs = tuple(fresh.get(name, name) for name in node.outputs)
+        self._new.nodes.append(Node("CustomTransforms", (), (*entered, *stopped), outputs))
 
-    def _marked(self, number: int, node: Node) -> None:
-        """A mark goes; what a custom function gives is a view that holds on to what went in."""
-        inputs = [name for name in node.inputs if name not in self._marks]
-        if number in self._layer_ends:
-            begin = self._old.nodes[self._layer_ends[number][0]]
-            entered = [self._now(name) for name in begin.outputs]
-            mine = [self._now(name) for name in inputs]
-            self._new.nodes.append(Node("CustomTransforms", (), (*entered, *mine), node.outputs))
-        else:
-            for old, came in zip(node.outputs, inputs, strict=True):
-                self._renamed[old] = self._now(came)
+    def _own(self, name: str) -> str:
+        """A constant that was broadcast, anew: MLX makes one wherever a number meets an array; tracing makes them one."""
+        maker = self._made.get(name)
+        if maker is None or self._old.nodes[maker].name != "Broadcast" or self._old.nodes[maker].inputs[0] not in self._new.constants:
+            return name
+        node = self._old.nodes[maker]
+        self._new.nodes.append(node._replace(outputs=(self._fresh(name),)))
+        return self._new.nodes[-1].outputs[0]
 
     def _input(self, user: int, name: str) -> str:
         """What a node really takes: its own array, or the same computed again."""
         maker = self._made.get(name)
-        if maker is None or maker == user:
+        if maker is None:
             return name
         products = self._products.get(maker, ())
-        if products and not any(user in product for product in products):
-            return self._copied(name, products[0], {}, self._beside(user, name))
+        if products and not any(user in product.inside or user == product.end for product in products):
+            return self._copied(name, products[0].inside, {}, self._beside(user, name))
         layer = self._layer_of.get(maker)
-        if layer is not None and user not in layer[0] and user != layer[2]:
+        if layer is not None and user not in layer.inside and user != layer.end:
             return self._computed_again(name, layer)
-        return self._now(name)
+        return self._now.get(name, name)
 
     def _beside(self, user: int, name: str) -> str | None:
         """What a weight is multiplied with in the backward; it is not dequantised before that is there."""
@@ -229,39 +234,33 @@ class _Rewriting:
         while node.name in _VIEWS and len(self._users.get(node.outputs[0], ())) == 1:
             name, user = node.outputs[0], self._users[node.outputs[0]][0]
             node = self._old.nodes[user]
-        others = [each for each in node.inputs if each != name]
-        return others[0] if others else None
+        return next((self._now.get(each, each) for each in node.inputs if each != name), None)
 
-    def _computed_again(self, name: str, layer: tuple[set[int], int, int]) -> str:
-        inside, begin, end = layer
-        if end not in self._again:
-            entered, ended = self._old.nodes[begin].outputs, self._old.nodes[end].outputs
+    def _computed_again(self, name: str, layer: _Marked) -> str:
+        if layer.end not in self._again:
+            entered, ended = self._old.nodes[layer.begin].outputs, self._old.nodes[layer.end].outputs
             copies = {each: self._fresh(each) for each in entered}
-            held = (*map(self._now, entered), *map(self._now, ended))
+            held = (*(self._now.get(each, each) for each in entered), *ended)
             self._new.nodes.append(Node("Depends", (), held, tuple(copies.values())))
-            self._again[end] = copies
-        return self._copied(name, inside, self._again[end], None)
+            self._again[layer.end] = copies
+        return self._copied(name, layer.inside, self._again[layer.end], None)
 
     def _copied(self, name: str, inside: set[int], copies: dict[str, str], after: str | None) -> str:
         """The array as a copy of the nodes that give it computes it; `after` says what has to be there before."""
-        maker = self._made.get(name)
         if name in copies:
             return copies[name]
-        if maker is None or maker not in inside:
-            if after is None or name in self._new.constants or maker is not None:
-                return self._now(name)
+        maker = self._made.get(name)
+        if maker is None and after is not None and name not in self._new.constants:
             copies[name] = self._fresh(name)
-            self._new.nodes.append(Node("Depends", (), (name, self._now(after)), (copies[name],)))
+            self._new.nodes.append(Node("Depends", (), (name, after), (copies[name],)))
             return copies[name]
+        if maker is None or maker not in inside:
+            return self._now.get(name, name)
         node = self._old.nodes[maker]
-        if not self._marks.isdisjoint(node.inputs):  # a product inside a layer
-            inner = [each for each in node.inputs if each not in self._marks]
-            for old, came in zip(node.outputs, inner, strict=True):
-                copies[old] = self._copied(came, inside, copies, after)
-            return copies[name]
-        inputs = tuple(self._copied(each, inside, copies, after) for each in node.inputs)
-        copies |= {each: self._fresh(each) for each in node.outputs}
-        self._new.nodes.append(node._replace(inputs=inputs, outputs=tuple(copies[each] for each in node.outputs)))
+        fresh = {each: self._fresh(each) for each in node.outputs}
+        began: dict[str, str] = {}
+        self._put(maker, node, lambda each: self._copied(each, inside, copies, after), began, fresh)
+        copies |= fresh | began
         return copies[name]
 
     def _fresh(self, name: str) -> str:

@@ -214,13 +214,13 @@ _ELEMENTWISE = {
 class _Run:
     """The evaluation of a graph."""
 
-    def __init__(self, graph: Graph, machine: _Machine, vocabulary: int, held: Iterable[str]):
+    def __init__(self, graph: Graph, machine: _Machine, vocabulary: int, needed: Iterable[int], held: Iterable[str]):
         self._graph, self._machine, self._vocabulary = graph, machine, vocabulary
         self._there: dict[str, _Array] = {}
         self._fixed: set[str] = set(graph.constants)  # what follows from weights alone
         self._users: dict[str, int] = {}
-        for node in graph.nodes:
-            for name in node.inputs:
+        for number in needed:
+            for name in graph.nodes[number].inputs:
                 self._users[name] = self._users.get(name, 0) + 1
         for name in held:
             self._users[name] = self._users.get(name, 0) + 1_000_000
@@ -235,11 +235,7 @@ class _Run:
             if fixed:
                 self._fixed.add(name)
 
-    def evaluate(self, order: Iterable[int]) -> None:
-        for number in order:
-            self._step(self._graph.nodes[number])
-
-    def _step(self, node: Node) -> None:
+    def step(self, node: Node) -> None:
         inputs = [self._there[name] for name in node.inputs]
         if self._fixed.issuperset(node.inputs) and node.inputs:
             self._fixed.update(node.outputs)
@@ -409,15 +405,18 @@ def simulated(
     """The peak of bytes over a graph whose outputs are asked for in groups, and what they were; `kinds` says what each
     input is: weights, adapters, optimizer, or batch. What was asked for is kept."""
     machine = _Machine(ahead)
-    run = _Run(graph, machine, vocabulary, [name for group in asked for name in group])
+    done: set[str] = set(graph.inputs) | graph.constants
+    orders = []
+    for group in asked:
+        orders.append(evaluation_order(graph, group, done))
+        done.update(name for number in orders[-1] for name in graph.nodes[number].outputs)
+    needed = [number for order in orders for number in order]
+    run = _Run(graph, machine, vocabulary, needed, [name for group in asked for name in group])
     for kind in ("weights", "adapters", "optimizer", "batch"):
         run.bring((name for name in graph.inputs if kinds[name] == kind), kind, fixed=kind == "weights")
     run.bring(graph.constants, "batch", fixed=True)
-    done: set[str] = set(graph.inputs) | graph.constants
-    for group in asked:
-        order = evaluation_order(graph, group, done)
-        run.evaluate(order)
-        done.update(name for number in order for name in graph.nodes[number].outputs)
+    for number in needed:
+        run.step(graph.nodes[number])
     return machine.peak, machine.at_peak
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
 
 _marks: Sequence[mx.array] = ()  # that mark where a layer begins and ends, and where a product begins and ends
 
@@ -42,8 +43,11 @@ def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
         return mx.checkpoint(function)
     begin, end, *_ = _marks
 
-    def marked(params: Any, *inputs: mx.array) -> Any:
-        return tuple(mx.depends(list(function(params, *mx.depends(list(inputs), [begin]))), [end]))
+    def marked(*inputs: Any) -> Any:
+        flat: Any = tree_flatten(inputs)
+        arrays = mx.depends([array for _, array in flat], [begin])
+        own = tree_unflatten([(name, array) for (name, _), array in zip(flat, arrays, strict=True)])
+        return tuple(mx.depends(list(function(*own)), [end]))
 
     return marked
 
