@@ -103,12 +103,13 @@ def with_repeats(graph: Graph) -> Graph:
     made = graph.made_by()
     bare = _bare(graph)
     products, layers = (
-        [_Marked(begin, end, _inside(graph, made, begin, end) - bare) for begin, end in _pairs(graph, marks[a], marks[b])]
+        [_Marked(begin, end, _inside(graph, made, begin, end)) for begin, end in _pairs(graph, marks[a], marks[b])]
         for a, b in (MARKS[2:], MARKS[:2])
     )
+    products = [each._replace(inside=each.inside - bare) for each in products]
     counts = Counter(number for layer in layers for number in layer.inside)  # what several have is made outside of them
-    layers = [_Marked(begin, end, {each for each in inside if counts[each] == 1}) for begin, end, inside in layers]
-    return _Rewriting(graph, made, products, layers, set(marks.values())).graph()
+    layers = [_Marked(begin, end, {n for n in inside if counts[n] == 1 or n in bare}) for begin, end, inside in layers]
+    return _Rewriting(graph, made, products, layers, set(marks.values()), bare).graph()
 
 
 class _Marked(NamedTuple):
@@ -168,8 +169,10 @@ class _Rewriting:
     """One pass over the nodes that copies, renames and adds."""
 
     def __init__(
-        self, graph: Graph, made: Mapping[str, int], products: Sequence[_Marked], layers: Sequence[_Marked], marks: set[str]
+        self, graph: Graph, made: Mapping[str, int], products: Sequence[_Marked], layers: Sequence[_Marked], marks: set[str], bare: set[int]
     ):
+        self._bare = bare
+        self._first: dict[int, dict[str, str]] = {}
         self._old, self._made, self._marks = graph, made, marks
         self._users = graph.used_by()
         self._new = Graph(graph.inputs, [], [], dict(graph.arrays), graph.constants)
@@ -177,16 +180,28 @@ class _Rewriting:
         for product in products:
             for number in product.inside:
                 self._products.setdefault(number, []).append(product)
-        self._layer_of = {number: layer for layer in layers for number in layer.inside}
+        self._layer_of = {number: layer for layer in layers for number in layer.inside if number not in bare}
+        self._backward_of: dict[int, _Marked] = {}
         self._begins = {each.end: each.begin for each in (*products, *layers)}
         self._now: dict[str, str] = {}  # what a mark gave is now what it took
         self._again: dict[int, dict[str, str]] = {}  # of each layer, by where it ends: what its second pass gives
 
     def graph(self) -> Graph:
         for number, node in enumerate(self._old.nodes):
+            self._place(number, node)
             self._put(number, node, lambda name, user=number: self._input(user, name), self._now, {})  # type: ignore[misc]
         self._new.outputs = [self._now.get(name, name) for name in self._old.outputs]
         return self._new
+
+    def _place(self, number: int, node: Node) -> None:
+        """Which layer a node of the backward belongs to: the first one that anything in it comes from."""
+        if number in self._layer_of or number in self._begins or number in self._bare:
+            return
+        makers = [self._made[name] for name in node.inputs if name in self._made]
+        layers = [self._layer_of.get(maker) or self._backward_of.get(maker) for maker in makers]
+        known = [layer for layer in layers if layer is not None]
+        if known:
+            self._backward_of[number] = min(known, key=lambda layer: layer.begin)
 
     def _put(self, number: int, node: Node, find: Callable[[str], str], began: dict[str, str], fresh: dict[str, str]) -> None:
         """A node with other inputs and outputs. A mark is left out where something begins, and where it ends there
@@ -224,6 +239,10 @@ class _Rewriting:
         if products and not any(user in product.inside or user == product.end for product in products):
             return self._copied(name, products[0].inside, {}, self._beside(user, name))
         layer = self._layer_of.get(maker)
+        if maker in self._bare and user in self._layer_of:
+            return self._copied(name, self._bare, self._first.setdefault(self._layer_of[user].end, {}), None)
+        if maker in self._bare and user in self._backward_of:
+            return self._computed_again(name, self._backward_of[user])
         if layer is not None and user not in layer.inside and user != layer.end:
             return self._computed_again(name, layer)
         return self._now.get(name, name)

@@ -73,9 +73,9 @@ class _Plain:
         if isinstance(outputs, mx.array):
             return mx.depends([outputs], [end])[0]
         fixed = [mx.stop_gradient(each) for each in inputs]
-        outputs = self._function(*fixed)
+        outputs = mx.depends(list(self._function(*mx.depends(fixed, [begin]))), [end])
         assert self._rule is not None
         gradients: Sequence[mx.array] = self._rule(fixed, [mx.array(1.0), *outputs[1:]], outputs)
-        _sums.append(mx.stop_gradient(outputs[0]))
+        _sums.append(outputs[0])
         total = sum((mx.stop_gradient(g) * x).sum() for g, x in zip(gradients, inputs, strict=True))
         return (total, *outputs[1:])
