@@ -26,6 +26,7 @@ from mlx_qlora.assets import demo_config
 from mlx_qlora.data.layout import BatchConfig, LayoutConfig
 from mlx_qlora.data.render import RenderConfig
 from mlx_qlora.data.sources import SourceConfig
+from mlx_qlora.engine.memory import MemoryConfig
 from mlx_qlora.engine.optim import OptimConfig
 from mlx_qlora.engine.steps import StepConfig
 from mlx_qlora.engine.stopping import EarlyStoppingConfig
@@ -75,7 +76,7 @@ class WholeRun:
 
 
 @dataclass(frozen=True)
-class RunConfig(StepConfig, LayoutConfig, OptimConfig, BatchConfig, RenderConfig, SourceConfig, WholeRun):
+class RunConfig(StepConfig, MemoryConfig, LayoutConfig, OptimConfig, BatchConfig, RenderConfig, SourceConfig, WholeRun):
     """All the settings of a run. The parts' own stand flat in it; adapters and early stopping are groups."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -83,7 +84,7 @@ class RunConfig(StepConfig, LayoutConfig, OptimConfig, BatchConfig, RenderConfig
 
     def __post_init__(self) -> None:
         with all_problems() as check:
-            for kind in (WholeRun, SourceConfig, RenderConfig, BatchConfig, OptimConfig, LayoutConfig, StepConfig):
+            for kind in (WholeRun, SourceConfig, RenderConfig, BatchConfig, OptimConfig, LayoutConfig, MemoryConfig, StepConfig):
                 check(partial(self.part, kind))
 
     def part(self, kind: type[Part]) -> Part:

@@ -9,12 +9,18 @@ same is a best estimate: buffers wait for whole command buffers there, and a com
 
 from __future__ import annotations
 
+import re
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Literal
+
+import mlx.core as mx
 
 from mlx_qlora.engine.graph import Graph, Node, Shape
+from mlx_qlora.errors import require
 
 _WIDTH = 20  # MLX goes so far in breadth before it goes down (MLX_BFS_MAX_WIDTH)
 _PER_TASK = 10  # dispatches that are counted as one task
@@ -383,20 +389,112 @@ class _Run:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """How much memory a run may take."""
+
+    memory: str = "auto"
+    """Most that it may take, such as 12GB; auto: this machine's less a reserve; off: nothing is planned."""
+    grad_checkpoint: Literal["auto", "on", "off"] = "auto"
+    """Keep only what goes into each layer and compute it again in the backward; auto: where it does not fit otherwise."""
+
+    def __post_init__(self) -> None:
+        known = self.memory in ("auto", "off") or bytes_of(self.memory) > 0
+        require(
+            (known, "memory", self.memory, "auto, off, or a size such as 12GB or 800MB"),
+            (self.grad_checkpoint in ("auto", "on", "off"), "grad_checkpoint", self.grad_checkpoint, "auto or on or off"),
+        )
+
+    def limit(self, machine: int) -> int | None:
+        """The bytes that may be used on a machine with so many; None: no limit. A tenth stays with the system."""
+        if self.memory == "off":
+            return None
+        return machine - machine // 10 if self.memory == "auto" else bytes_of(self.memory)
+
+
+_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def bytes_of(text: str) -> int:
+    """The bytes of a size; 0 where it is none.
+
+    >>> bytes_of("12GB"), bytes_of("1.5 GiB"), bytes_of("much")
+    (12000000000, 1610612736, 0)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    return int(float(found[1]) * _UNITS.get(found[2].upper(), 0)) if found else 0
+
+
+@dataclass(frozen=True)
 class Memory:
     """The bytes of a run at its peak, by what they are for."""
 
     weights: int = 0
     adapters: int = 0
     optimizer: int = 0  # its state, and the gradients that are summed
-    activations: int = 0
+    activations: int = 0  # of the batch: what the layers compute, and their gradients
     logits: int = 0
     dequantised: int = 0
-    parts: Mapping[str, int] = field(default_factory=dict)
+    cache: int = 0  # what MLX keeps for reuse at most; not a part of its peak
 
     @property
     def peak(self) -> int:
+        """What `mx.get_peak_memory` will say."""
         return self.weights + self.adapters + self.optimizer + self.activations + self.logits + self.dequantised
+
+    @property
+    def total(self) -> int:
+        return self.peak + self.cache
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self) | {"peak": self.peak, "total": self.total}
+
+
+def extrapolated(few: Memory, more: Memory, layers: tuple[int, int], wanted: int) -> Memory:
+    """The memory of a step over so many layers, from those over fewer: all layers need the same."""
+    step = (more.peak - few.peak) / (layers[1] - layers[0])
+    return replace(more, activations=more.activations + round(step * (wanted - layers[1])))
+
+
+@contextmanager
+def cache_limit(limit: int | None) -> Iterator[None]:
+    """MLX keeps at most so many bytes of freed buffers while inside; None: as it is."""
+    if limit is None:
+        yield
+        return
+    before = mx.set_cache_limit(limit)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was chosen, and what it will need."""
+
+    budget: int
+    checkpoint: bool
+    memory: Memory
+    fits: bool
+
+
+Need = Callable[[int, bool], Memory]
+
+
+def fit(need: Need, limit: int | None, budgets: Sequence[int], checkpoints: Sequence[bool]) -> Fit:
+    """The largest budget that fits, for the first way of `checkpoints` that leaves one; else what needs least.
+
+    Checkpointing costs a second forward pass; a budget of half costs little until batches get small. So all but the
+    smallest budgets are tried without it first.
+    """
+    tried: list[Fit] = []
+    for checkpoint in checkpoints:
+        for budget in sorted(budgets, reverse=True):
+            memory = need(budget, checkpoint)
+            tried.append(Fit(budget, checkpoint, memory, limit is None or memory.peak <= limit))
+            if tried[-1].fits:
+                return tried[-1]
+    return min(tried, key=lambda one: one.memory.peak)
 
 
 def simulated(
@@ -419,5 +517,3 @@ def simulated(
         run.step(graph.nodes[number])
     return machine.peak, machine.at_peak
 
-
-Need = Callable[[int, bool], int]

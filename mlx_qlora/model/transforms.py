@@ -18,20 +18,51 @@ from mlx.utils import tree_flatten, tree_unflatten
 _marks: Sequence[mx.array] = ()  # that mark where a layer begins and ends, and where a product begins and ends
 
 
+_sums: list[mx.array] = []
+
+
 @contextmanager
-def traced(marks: Sequence[mx.array]) -> Iterator[list[mx.array]]:
+def traced(marks: Sequence[mx.array], as_on_gpu: bool = False) -> Iterator[list[mx.array]]:
     """While inside, graphs have no custom nodes; `mx.depends` on one of the four marks says where something begins or
     ends. Gives a list that will hold the sums of losses as they are; what stands in for them is never computed.
+
+    `as_on_gpu`: MLX's fused functions, which it takes apart on the CPU, are replaced by something that keeps as much for
+    the backward as they keep on a GPU. The numbers are wrong then, the sizes are not.
     """
     global _marks, _sums
     before, _marks, _sums = (_marks, _sums), marks, []
+    fused = {name: getattr(mx.fast, name) for name in _FUSED} if as_on_gpu else {}
+    for name in fused:
+        setattr(mx.fast, name, _FUSED[name])
     try:
         yield _sums
     finally:
         _marks, _sums = before
+        for name, own in fused.items():
+            setattr(mx.fast, name, own)
 
 
-_sums: list[mx.array] = []
+_attention = mx.fast.scaled_dot_product_attention
+
+
+def _attended(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **more: Any) -> mx.array:
+    """Keeps queries, keys and values, and no scores; with an array as mask MLX keeps these on a GPU too."""
+    if isinstance(mask, mx.array) or q.shape[-1] != v.shape[-1]:
+        return _attention(q, k, v, scale=scale, mask=mask, **more)
+    few = (k * k).sum(axis=2, keepdims=True) + (v * v).sum(axis=2, keepdims=True)
+    return q * mx.repeat(few, q.shape[1] // k.shape[1], axis=1)
+
+
+def _normed(x: mx.array, weight: mx.array | None, *_: Any, **__: Any) -> mx.array:
+    return (x * (x if weight is None else weight)).astype(x.dtype)
+
+
+_FUSED: dict[str, Callable[..., mx.array]] = {
+    "scaled_dot_product_attention": _attended,
+    "rms_norm": _normed,
+    "layer_norm": _normed,
+    "rope": lambda x, *_, **__: -x,
+}
 
 
 def custom_function(function: Callable[..., Any]) -> Any:
