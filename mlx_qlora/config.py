@@ -84,7 +84,16 @@ class RunConfig(StepConfig, MemoryConfig, LayoutConfig, OptimConfig, BatchConfig
 
     def __post_init__(self) -> None:
         with all_problems() as check:
-            for kind in (WholeRun, SourceConfig, RenderConfig, BatchConfig, OptimConfig, LayoutConfig, MemoryConfig, StepConfig):
+            for kind in (
+                WholeRun,
+                SourceConfig,
+                RenderConfig,
+                BatchConfig,
+                OptimConfig,
+                LayoutConfig,
+                MemoryConfig,
+                StepConfig,
+            ):
                 check(partial(self.part, kind))
 
     def part(self, kind: type[Part]) -> Part:

@@ -1,7 +1,7 @@
 """How much memory a model, a batch and a way to compute will need: the real step, traced and never computed.
 
-The real objective over the real model class and the real layout is traced with two short trunks; what a layer more
-costs is the same for all further ones. A trunk of 32 layers of 7B shapes takes 1 to 2 s so.
+The real objective over the real model class and the real layout is traced, all layers of it: what MLX computes early
+grows with them in steps, so that a few layers do not say what many need. 32 layers take 1 to 2 s.
 On the CPU the prediction was held against `mx.get_peak_memory` (tests/test_memory.py). As on a GPU it is a best
 estimate: buffers wait for command buffers there, kernels have scratch memory, and a compiled step needs less.
 """
@@ -19,10 +19,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_qlora.data.layout import Layout, lay_out
 from mlx_qlora.engine.graph import MARKS, trace, with_repeats
-from mlx_qlora.engine.memory import Memory, extrapolated, simulated
+from mlx_qlora.engine.memory import Memory, simulated
 from mlx_qlora.engine.optim import OptimConfig, make_optimizer
 from mlx_qlora.model import backend, lora, transforms
-from mlx_qlora.model.trunk import Passage, first_adapted, layer_count, shortened
+from mlx_qlora.model.trunk import Passage
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.records import Batch, Example
 
@@ -52,9 +52,7 @@ def _with_update(step: Memory, adapters: int, state: int, sums: int) -> Memory:
     beside what was before. What an optimizer computes on its way is as much as two of its states at most."""
     update = 4 * adapters + 2 * state
     more = max(0, step.weights + step.adapters + state + update - (step.peak + state + sums))
-    return Memory(
-        step.weights, step.adapters, state + sums, step.activations + more, step.logits, step.dequantised, step.cache
-    )
+    return Memory(step.weights, step.adapters, state + sums, step.activations + more, step.logits, step.dequantised, step.cache)
 
 
 def longest(lengths: Sequence[int], supervised: Sequence[int] | None = None) -> list[Example]:
@@ -72,21 +70,9 @@ def longest(lengths: Sequence[int], supervised: Sequence[int] | None = None) -> 
 
 def of_step(model: nn.Module, batch: Batch, passage: Passage, label_smoothing: float = 0.0) -> Memory:
     """At the peak of a micro-step, without optimizer and sums of gradients."""
-    layers = layer_count(model)
-    first = first_adapted(model)
-    period = max(1, int(getattr(getattr(model, "args", None), "sliding_window_pattern", 1) or 1))
-    few = max(2, period)
-    more = few + period
-    if layers <= more or layers - first <= more:
-        keep = min(layers, max(layers - first + 1, few)) if layers else 0
-        part = _traced(shortened(model, keep) if keep else model, batch, passage, label_smoothing)
-    else:
-        short, longer = (_traced(shortened(model, each), batch, passage, label_smoothing) for each in (few, more))
-        part = extrapolated(short, longer, (few, more), layers - first)
+    part = _traced(model, batch, passage, label_smoothing)
     trained = _bytes(model.trainable_parameters())
-    return Memory(
-        _bytes(model.parameters()) - trained, trained, 0, part.activations, part.logits, part.dequantised
-    )
+    return Memory(_bytes(model.parameters()) - trained, trained, 0, part.activations, part.logits, part.dequantised)
 
 
 def _traced(model: nn.Module, batch: Batch, passage: Passage, label_smoothing: float) -> Memory:
@@ -99,7 +85,7 @@ def _traced(model: nn.Module, batch: Batch, passage: Passage, label_smoothing: f
     def step(key: mx.array, *inputs: mx.array) -> Sequence[mx.array]:
         own = dict(zip(parameters, inputs, strict=False))
         model.update(tree_unflatten(list(own.items())))
-        traced = Batch(*inputs[len(own) : len(own) + len(arrays)], batch.segments)  # type: ignore[arg-type]
+        traced = Batch(*inputs[len(own) : len(own) + len(arrays)], batch.segments)  # type: ignore[arg-type, call-arg]
         weights: list[mx.array] = []
 
         def total(values: Sequence[mx.array]) -> mx.array:
@@ -115,7 +101,7 @@ def _traced(model: nn.Module, batch: Batch, passage: Passage, label_smoothing: f
     marks = [mx.zeros(number + 1) for number in range(len(MARKS))]
     before = model.parameters()
     try:
-        graph = with_repeats(trace(step, [mx.random.key(0), *parameters.values(), *arrays, *marks]))  # type: ignore[list-item]
+        graph = with_repeats(trace(step, [mx.random.key(0), *parameters.values(), *arrays, *marks]))
     finally:
         model.update(before)
     kinds = dict.fromkeys(graph.inputs, "batch")
@@ -138,7 +124,8 @@ def _vocabulary(parameters: dict[str, mx.array]) -> int:
 
 
 def _bytes(tree: Any) -> int:
-    return sum(array.nbytes for _, array in tree_flatten(tree))
+    arrays: dict[str, mx.array] = tree_flatten(tree, destination={})  # type: ignore[assignment]
+    return sum(array.nbytes for array in arrays.values())
 
 
 def _state(config: OptimConfig, model: nn.Module) -> int:

@@ -155,6 +155,8 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
     sample = corpus.train_sample()
     plan = checked(plan, loaded.model, objective, sample)
     console.layout(plan.describe, plan.notes)
+    if plan.memory:
+        console.memory(plan.memory, backend.memory())
     valid, train_sample = lay_out(corpus.valid_examples(), plan.layout), lay_out(sample, plan.layout)
     console.fact("folder", str(folder))
     run_folder.claim(folder, overwrite=config.overwrite)

@@ -169,7 +169,13 @@ class _Rewriting:
     """One pass over the nodes that copies, renames and adds."""
 
     def __init__(
-        self, graph: Graph, made: Mapping[str, int], products: Sequence[_Marked], layers: Sequence[_Marked], marks: set[str], bare: set[int]
+        self,
+        graph: Graph,
+        made: Mapping[str, int],
+        products: Sequence[_Marked],
+        layers: Sequence[_Marked],
+        marks: set[str],
+        bare: set[int],
     ):
         self._bare = bare
         self._first: dict[int, dict[str, str]] = {}
@@ -224,7 +230,11 @@ class _Rewriting:
     def _own(self, name: str) -> str:
         """A constant that was broadcast, anew: MLX makes one wherever a number meets an array; tracing makes them one."""
         maker = self._made.get(name)
-        if maker is None or self._old.nodes[maker].name != "Broadcast" or self._old.nodes[maker].inputs[0] not in self._new.constants:
+        if (
+            maker is None
+            or self._old.nodes[maker].name != "Broadcast"
+            or self._old.nodes[maker].inputs[0] not in self._new.constants
+        ):
             return name
         node = self._old.nodes[maker]
         self._new.nodes.append(node._replace(outputs=(self._fresh(name),)))

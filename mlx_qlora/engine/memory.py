@@ -13,7 +13,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -449,12 +449,6 @@ class Memory:
         return asdict(self) | {"peak": self.peak, "total": self.total}
 
 
-def extrapolated(few: Memory, more: Memory, layers: tuple[int, int], wanted: int) -> Memory:
-    """The memory of a step over so many layers, from those over fewer: all layers need the same."""
-    step = (more.peak - few.peak) / (layers[1] - layers[0])
-    return replace(more, activations=more.activations + round(step * (wanted - layers[1])))
-
-
 @contextmanager
 def cache_limit(limit: int | None) -> Iterator[None]:
     """MLX keeps at most so many bytes of freed buffers while inside; None: as it is."""
@@ -482,11 +476,7 @@ Need = Callable[[int, bool], Memory]
 
 
 def fit(need: Need, limit: int | None, budgets: Sequence[int], checkpoints: Sequence[bool]) -> Fit:
-    """The largest budget that fits, for the first way of `checkpoints` that leaves one; else what needs least.
-
-    Checkpointing costs a second forward pass; a budget of half costs little until batches get small. So all but the
-    smallest budgets are tried without it first.
-    """
+    """The largest budget that fits, for the first way of `checkpoints` that leaves one; else what needs least."""
     tried: list[Fit] = []
     for checkpoint in checkpoints:
         for budget in sorted(budgets, reverse=True):
@@ -516,4 +506,3 @@ def simulated(
     for number in needed:
         run.step(graph.nodes[number])
     return machine.peak, machine.at_peak
-

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
@@ -65,8 +65,8 @@ _FUSED: dict[str, Callable[..., mx.array]] = {
 }
 
 
-def custom_function(function: Callable[..., Any]) -> Any:
-    return _Plain(function) if _marks else mx.custom_function(function)
+def custom_function(function: Callable[..., Any]) -> mx.custom_function:
+    return cast(mx.custom_function, _Plain(function)) if _marks else mx.custom_function(function)
 
 
 def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:

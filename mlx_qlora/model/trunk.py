@@ -92,25 +92,6 @@ def first_adapted(model: nn.Module) -> int:
     return 0 if before else min(inside, default=len(language[TRUNK][_LAYERS]))
 
 
-def layer_count(model: nn.Module) -> int:
-    """How many layers the trunk has; 0 where it is none of layers."""
-    language = _language(model)
-    return len(language[TRUNK][_LAYERS]) if _has_trunk(language) and _LAYERS in language[TRUNK] else 0
-
-
-def shortened(model: nn.Module, layers: int) -> nn.Module:
-    """The same model with its last layers only, arrays shared."""
-    short = copied(model)
-    holder = short
-    if _INNER in model:
-        holder = copied(model[_INNER])
-        dict.__setitem__(short, _INNER, holder)
-    trunk = copied(holder[TRUNK])
-    dict.__setitem__(trunk, _LAYERS, trunk[_LAYERS][-layers:])
-    dict.__setitem__(holder, TRUNK, trunk)
-    return short  # type: ignore[no-any-return]
-
-
 class CannotShare(ModelError):
     """A model that can't compute a common beginning once."""
 
