@@ -41,6 +41,17 @@ class Plan:
     memory: Fit | None = None  # what it will need, where that is foreseen
     notes: tuple[str, ...] = ()  # what fell back to something simpler, and why
 
+    def cache(self, limit: int | None) -> int | None:
+        """The bytes of freed buffers that MLX may keep beside the peak; None: as many as it likes by itself.
+
+        On a GPU it would keep them without an end. On the CPU it keeps 32 MB, and with as much as a step needs it is
+        some 5 % faster (a step of 400 MB: 2.39 s against 2.50, medians of 3).
+        """
+        if self.memory is None or limit is None or not self.memory.fits:
+            return None
+        peak = self.memory.memory.peak
+        return min(peak, limit - peak)
+
     @property
     def describe(self) -> str:
         what = {
@@ -103,13 +114,9 @@ def fitted(plan: Plan, config: RunConfig, foresight: Foresight) -> Plan:
     checkpoint = config.grad_checkpoint == "on"
     if config.memory == "off":
         return replace(plan, passage=replace(plan.passage, checkpoint=checkpoint))
-    known: dict[tuple[int, bool], Memory] = {}
 
     def need(budget: int, checkpoint: bool) -> Memory:
-        if (budget, checkpoint) not in known:
-            passage = replace(plan.passage, checkpoint=checkpoint)
-            known[budget, checkpoint] = foresight.memory(replace(plan.layout, token_budget=budget), passage)
-        return known[budget, checkpoint]
+        return foresight.memory(replace(plan.layout, token_budget=budget), replace(plan.passage, checkpoint=checkpoint))
 
     limit = config.part(MemoryConfig).limit(backend.memory())
     checkpoints = {"auto": (False, True), "on": (True,), "off": (False,)}[config.grad_checkpoint]

@@ -21,6 +21,7 @@ from mlx_qlora.data.corpus import Corpus, gather
 from mlx_qlora.data.layout import BatchConfig, lay_out
 from mlx_qlora.data.render import RenderConfig
 from mlx_qlora.data.sources import SourceConfig, find
+from mlx_qlora.engine.memory import MemoryConfig, cache_limit
 from mlx_qlora.engine.optim import OptimConfig, make_optimizer
 from mlx_qlora.engine.steps import Engine, steps
 from mlx_qlora.engine.stopping import EarlyStoppingMonitor
@@ -71,7 +72,11 @@ def run(config: RunConfig, quiet: bool = False) -> RunResult:
     model.train()
     console.begin(ready.total)
     try:
-        with wired_memory(model), listening(lambda: console.say("stopping after this update; once more: at once")) as stop:
+        with (
+            wired_memory(model),
+            cache_limit(ready.cache),
+            listening(lambda: console.say("stopping after this update; once more: at once")) as stop,
+        ):
             for report in steps(ready.engine, islice(ready.updates, ready.total)):
                 skipped = history.add(report)
                 metrics.step(report)
@@ -126,6 +131,7 @@ class _Ready:
     valid: tuple[Batch, ...]
     train_sample: tuple[Batch, ...]
     corpus: Corpus
+    cache: int | None  # bytes of freed buffers that MLX may keep
 
 
 def _prepare(config: RunConfig, console: Console) -> _Ready:
@@ -186,6 +192,7 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
         valid=valid,
         train_sample=train_sample,
         corpus=corpus,
+        cache=plan.cache(config.part(MemoryConfig).limit(backend.memory())),
     )
 
 

@@ -140,7 +140,8 @@ def _rows(need: Memory) -> list[tuple[str, int]]:
 
 
 def _remedy(found: _Planned) -> str:
-    assert found.plan.memory is not None and found.limit is not None, "something did not fit"
+    assert found.plan.memory is not None, "something did not fit"
+    assert found.limit is not None, "into something"
     need = found.plan.memory.memory.peak
     better = [each for each in found.changes if each.memory.peak < need]
     lines = [

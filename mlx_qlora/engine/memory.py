@@ -223,7 +223,8 @@ class _Run:
     def __init__(self, graph: Graph, machine: _Machine, vocabulary: int, needed: Iterable[int], held: Iterable[str]):
         self._graph, self._machine, self._vocabulary = graph, machine, vocabulary
         self._there: dict[str, _Array] = {}
-        self._fixed: set[str] = set(graph.constants)  # what follows from weights alone
+        self._constant: set[str] = set(graph.constants)  # what follows from constants alone
+        self._fixed: set[str] = set(graph.constants)  # what follows from weights and constants
         self._users: dict[str, int] = {}
         for number in needed:
             for name in graph.nodes[number].inputs:
@@ -245,6 +246,8 @@ class _Run:
         inputs = [self._there[name] for name in node.inputs]
         if self._fixed.issuperset(node.inputs) and node.inputs:
             self._fixed.update(node.outputs)
+            if self._constant.issuperset(node.inputs):
+                self._constant.update(node.outputs)
         outputs = self._outputs(node, inputs)
         for name, array in zip(node.outputs, outputs, strict=True):
             self._there[name] = array
@@ -272,7 +275,7 @@ class _Run:
 
     def _kind(self, name: str) -> str:
         shape = self._graph.arrays[name].shape
-        if name in self._fixed:
+        if name in self._fixed and name not in self._constant:
             return "dequantised"
         return "logits" if shape and shape[-1] == self._vocabulary else "activations"
 
@@ -476,14 +479,27 @@ Need = Callable[[int, bool], Memory]
 
 
 def fit(need: Need, limit: int | None, budgets: Sequence[int], checkpoints: Sequence[bool]) -> Fit:
-    """The largest budget that fits, for the first way of `checkpoints` that leaves one; else what needs least."""
+    """The largest budget that fits, for the first way of `checkpoints` that leaves one; else what needs least.
+
+    The largest and the smallest budget are looked at first, because every look takes a second or two.
+    """
+    ordered = sorted(budgets)
     tried: list[Fit] = []
+
+    def fits(at: int, checkpoint: bool) -> bool:
+        memory = need(ordered[at], checkpoint)
+        tried.append(Fit(ordered[at], checkpoint, memory, limit is None or memory.peak <= limit))
+        return tried[-1].fits
+
     for checkpoint in checkpoints:
-        for budget in sorted(budgets, reverse=True):
-            memory = need(budget, checkpoint)
-            tried.append(Fit(budget, checkpoint, memory, limit is None or memory.peak <= limit))
-            if tried[-1].fits:
-                return tried[-1]
+        low, high = 0, len(ordered) - 1
+        if fits(high, checkpoint):
+            return tried[-1]
+        if high and fits(low, checkpoint):
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if fits(middle, checkpoint) else (low, middle)
+            return max((one for one in tried if one.fits), key=lambda one: one.budget)
     return min(tried, key=lambda one: one.memory.peak)
 
 
@@ -502,7 +518,7 @@ def simulated(
     run = _Run(graph, machine, vocabulary, needed, [name for group in asked for name in group])
     for kind in ("weights", "adapters", "optimizer", "batch"):
         run.bring((name for name in graph.inputs if kinds[name] == kind), kind, fixed=kind == "weights")
-    run.bring(graph.constants, "batch", fixed=True)
+    run.bring(graph.constants, "batch")
     for number in needed:
         run.step(graph.nodes[number])
     return machine.peak, machine.at_peak
