@@ -1,5 +1,6 @@
 # make demo    a whole run on the embedded model and data, from nothing
 # make test    the test suite, from nothing
+# make flat    memory over 1,000 updates; `make test` makes 150
 # make bench   the benchmarks, whose results are kept in benchmarks/results (about an hour)
 # make check   formatting, lint, types, then the tests: what CI runs
 
@@ -9,13 +10,16 @@ EXTRA ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test flat check format bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/mlx-qlora train --demo --overwrite
 
 test: $(VENV)/installed-dev
 	$(BIN)/pytest
+
+flat: $(VENV)/installed-dev
+	MLX_QLORA_UPDATES=1000 $(BIN)/pytest tests/test_memory.py -k flat
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -26,6 +30,7 @@ check: $(VENV)/installed-dev
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/frozen_matmul.py
 	$(BIN)/python benchmarks/prepare_million.py
+	$(BIN)/python benchmarks/memory_7b.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .

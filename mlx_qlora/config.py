@@ -26,6 +26,7 @@ from mlx_qlora.assets import demo_config
 from mlx_qlora.data.layout import BatchConfig, LayoutConfig
 from mlx_qlora.data.render import RenderConfig
 from mlx_qlora.data.sources import SourceConfig
+from mlx_qlora.engine.memory import MemoryConfig
 from mlx_qlora.engine.optim import OptimConfig
 from mlx_qlora.engine.steps import StepConfig
 from mlx_qlora.engine.stopping import EarlyStoppingConfig
@@ -36,11 +37,6 @@ from mlx_qlora.model.matmul import MatmulConfig
 
 Part = TypeVar("Part")
 _BY_VALUE = (tyro.conf.EnumChoicesFromValues,)
-
-
-def part_of(whole: Any, kind: type[Part]) -> Part:
-    """One of the dataclasses that `whole` is made of, with its values."""
-    return kind(**{each.name: getattr(whole, each.name) for each in fields(kind)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -82,26 +78,8 @@ class WholeRun:
 
 
 @dataclass(frozen=True)
-class _Computing(TrunkCacheConfig, MatmulConfig, StepConfig, LayoutConfig):
-    """How a run computes. It changes speed and memory, and never the gradient."""
-
-    def __post_init__(self) -> None:
-        with all_problems() as check:
-            for kind in (TrunkCacheConfig, LayoutConfig):  # the others are choices, which tyro has judged
-                check(partial(part_of, self, kind))
-
-
-_PARTS = (
-    WholeRun,
-    SourceConfig,
-    RenderConfig,
-    BatchConfig,
-    OptimConfig,
-    LayoutConfig,
-    StepConfig,
-    MatmulConfig,
-    TrunkCacheConfig,
-)
+class _Computing(TrunkCacheConfig, MatmulConfig, StepConfig, MemoryConfig, LayoutConfig):
+    """How a run computes. It changes speed and memory, and never the gradient. Each part judges itself in `RunConfig`."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +98,7 @@ class RunConfig(_Computing, OptimConfig, BatchConfig, RenderConfig, SourceConfig
                 BatchConfig,
                 OptimConfig,
                 LayoutConfig,
+                MemoryConfig,
                 StepConfig,
                 MatmulConfig,
                 TrunkCacheConfig,
@@ -128,7 +107,7 @@ class RunConfig(_Computing, OptimConfig, BatchConfig, RenderConfig, SourceConfig
 
     def part(self, kind: type[Part]) -> Part:
         """The slice that a part gets: its own dataclass, with this run's values."""
-        return part_of(self, kind)
+        return kind(**{each.name: getattr(self, each.name) for each in fields(kind)})  # type: ignore[arg-type]
 
     def require_complete(self) -> None:
         """Raise if something is missing that has no default."""

@@ -21,6 +21,7 @@ from mlx_qlora.data.corpus import Corpus, gather
 from mlx_qlora.data.layout import BatchConfig, lay_out
 from mlx_qlora.data.render import RenderConfig
 from mlx_qlora.data.sources import SourceConfig, find
+from mlx_qlora.engine.memory import MemoryConfig, cache_limit
 from mlx_qlora.engine.optim import OptimConfig, make_optimizer
 from mlx_qlora.engine.steps import Engine, steps
 from mlx_qlora.engine.stopping import EarlyStoppingMonitor
@@ -72,7 +73,11 @@ def run(config: RunConfig, quiet: bool = False) -> RunResult:
     model.train()
     console.begin(ready.total)
     try:
-        with wired_memory(model), listening(lambda: console.say("stopping after this update; once more: at once")) as stop:
+        with (
+            wired_memory(model),
+            cache_limit(ready.cache),
+            listening(lambda: console.say("stopping after this update; once more: at once")) as stop,
+        ):
             for report in steps(ready.engine, islice(ready.updates, ready.total)):
                 skipped = history.add(report)
                 metrics.step(report)
@@ -131,6 +136,7 @@ class _Ready:
     train_sample: tuple[Batch, ...]
     corpus: Corpus
     kept: KeptTrunk | None
+    cache: int | None  # bytes of freed buffers that MLX may keep
 
     def batches(self, batches: Sequence[Batch]) -> Iterable[Batch]:
         """With what the layers below the adapters give, where that is kept."""
@@ -165,6 +171,8 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
     sample = corpus.train_sample()
     plan = checked(plan, loaded.model, objective, sample)
     console.layout(plan.describe, plan.notes)
+    if plan.memory:
+        console.memory(plan.memory, backend.memory())
     valid, train_sample = lay_out(corpus.valid_examples(), plan.layout), lay_out(sample, plan.layout)
     console.fact("folder", str(folder))
     run_folder.claim(folder, overwrite=config.overwrite)
@@ -198,6 +206,7 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
         train_sample=train_sample,
         corpus=corpus,
         kept=kept,
+        cache=plan.cache(config.part(MemoryConfig).limit(backend.memory())),
     )
 
 

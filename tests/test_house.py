@@ -17,6 +17,7 @@ FLOORS = [
     ROOMS,
     {"objectives", "look"},
     {"config"},
+    {"foresee"},
     {"plan"},
     {"train"},
     {"bench"},

@@ -11,6 +11,7 @@ from mlx_qlora.model.backend import missing_mlx
 # verb: (module with a main(arguments), what it does)
 VERBS = {
     "train": ("mlx_qlora.train", "fine-tune a model; --demo shows a whole run on the embedded model and data"),
+    "plan": ("mlx_qlora.commands.plan", "before training: the work, the layout, the memory, and what to change"),
     "data": ("mlx_qlora.commands.data", "show what a data set would train, what is lost, what comes twice"),
     "bench": ("mlx_qlora.commands.bench", "race against mlx-lm and others on the same work: speed, memory, loss"),
 }

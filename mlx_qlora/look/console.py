@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_qlora.assets import EMBEDDED, embedded_model
 from mlx_qlora.data.audit import Audit
+from mlx_qlora.engine.memory import Fit
 from mlx_qlora.engine.optim import OptimConfig
 from mlx_qlora.errors import MlxQloraError
 from mlx_qlora.look.account import facts, training_notes
@@ -116,6 +117,20 @@ class Console:
 
     def layout(self, what: str, notes: Sequence[str]) -> None:
         self.fact("layout", what, *notes)
+
+    def memory(self, fit: Fit, machine: int) -> None:
+        """What a run will need at most, and what there is."""
+        need = fit.memory
+        parts = [
+            f"weights {_gb(need.weights)}",
+            f"adapters and optimizer {_gb(need.adapters + need.optimizer)}",
+            f"activations {_gb(need.activations)}",
+        ]
+        parts += [f"logits {_gb(need.logits)}"] if need.logits > need.peak / 100 else []
+        parts += [f"dequantised weights {_gb(need.dequantised)}"] if need.dequantised > need.peak / 100 else []
+        self.fact("memory", f"about {_gb(need.peak)} GB at most: {', '.join(parts)}; this machine has {machine / 1e9:.0f} GB")
+        if not fit.fits:
+            self.say(f"{'':<9} WARNING: that does not fit; mlx-qlora plan says what to change")
 
     def plan(self, optim: OptimConfig, per_update: int, per_epoch: int | None, total: int, eval_every: int) -> None:
         warmup = f" after {optim.warmup_steps:,} of warm-up" if optim.warmup_steps else ""
@@ -231,6 +246,10 @@ def _from_here(path: Path) -> Path:
 
 
 _BAR = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f}"
 
 
 def _duration(seconds: float) -> str:

@@ -10,6 +10,8 @@ import ctypes.util
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,10 +107,26 @@ def missing_mlx() -> str:
     )
 
 
+_assumed_cpu: bool | None = None
+
+
+@contextmanager
+def assumed(cpu: bool | None) -> Iterator[None]:
+    """Inside, everything is built as for a CPU or as for a GPU, whatever is here: to look ahead, not to compute."""
+    global _assumed_cpu
+    before, _assumed_cpu = _assumed_cpu, cpu
+    try:
+        yield
+    finally:
+        _assumed_cpu = before
+
+
 def on_cpu() -> bool:
     """Whether MLX computes on the CPU here."""
     import mlx.core as mx
 
+    if _assumed_cpu is not None:
+        return _assumed_cpu
     return mx.default_device().type == mx.DeviceType.cpu
 
 
@@ -117,6 +135,20 @@ def compute_dtype(stored: mx.Dtype) -> mx.Dtype:
     import mlx.core as mx
 
     return mx.float32 if on_cpu() else stored
+
+
+def memory() -> int:
+    """The bytes that this machine has for MLX: what a GPU recommends, or the physical memory, or what a container gets."""
+    import mlx.core as mx
+
+    info = {} if on_cpu() else mx.device_info()
+    for name in ("max_recommended_working_set_size", "memory_size", "total_memory"):
+        if info.get(name):
+            return int(info[name])
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    given = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
+    return min(whole, int(given)) if given.isdigit() else whole
 
 
 def describe() -> str:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from mlx_qlora.model import backend
+from mlx_qlora.model import backend, transforms
 
 # From how many rows on the weight is dequantised.
 ALWAYS, NEVER = 1, 2**31
@@ -34,7 +34,7 @@ def dequantized_matmul(x: mx.array, weight: mx.array, scales: mx.array, biases: 
     def dense(packed: mx.array) -> mx.array:
         return mx.dequantize(packed, scales, biases, **kind, dtype=x.dtype)
 
-    @mx.custom_function
+    @transforms.custom_function
     def product(x: mx.array) -> mx.array:
         return x @ dense(weight).T
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_qlora.model import frozen, lora
+from mlx_qlora.model import frozen, lora, transforms
 from mlx_qlora.model.attention import copied
 
 TRUNK = "model"
@@ -93,7 +93,7 @@ def _in_turn(part: Part, starts: range, hidden: mx.array, values: Sequence[mx.ar
 
 
 def _one_pass(part: Part, starts: range, hidden: mx.array, values: Sequence[mx.array]) -> mx.array:
-    @mx.custom_function
+    @transforms.custom_function
     def forward(hidden: mx.array, *values: mx.array) -> tuple[mx.array, ...]:
         total = mx.array(0.0)
         pieces: list[mx.array] = []

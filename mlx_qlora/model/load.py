@@ -15,7 +15,7 @@ from mlx.utils import tree_map
 
 from mlx_qlora.assets import EMBEDDED, embedded_model
 from mlx_qlora.errors import ModelError
-from mlx_qlora.model import backend, matmul
+from mlx_qlora.model import backend, frozen, matmul
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,54 @@ def load(name: str, matmul: str = "auto") -> Loaded:
     return Loaded(model, tokenizer, config, name)
 
 
+def outline(name: str) -> Loaded:
+    """A model of which no weight is read: shapes and dtypes only, without a tokenizer.
+
+    A folder needs no more than config.json; of a model of the hub only that is fetched. Where the files with weights
+    are missing, layers are quantised as config.json says.
+    """
+    from mlx_lm.utils import load_config, load_model
+
+    folder = embedded_model() if name == EMBEDDED else Path(name).expanduser()
+    if name != EMBEDDED and not folder.exists():
+        folder = _folder_or_hub(name)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json in this folder. Name a folder that mlx-lm can load.")
+    try:
+        config = load_config(folder)
+        if "auto_map" in config or "model_file" in config:
+            raise ModelError(f"{folder}: this model brings code of its own to run, and that is never done here.")
+        complete = bool(list(folder.glob("model*.safetensors")))
+        model, config = load_model(folder, lazy=True, strict=False) if complete else (of_config(config), config)
+        _adapt(model)
+        frozen.install(model)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a broken folder makes mlx-lm or MLX raise
+        raise ModelError(f"{name}: this model can't be outlined: {_one_line(error)}") from error
+    return Loaded(model, None, config, name)
+
+
+def of_config(config: dict[str, Any]) -> nn.Module:
+    """A model as its config.json says, of arrays that nobody has computed."""
+    from mlx_lm.utils import _get_classes
+
+    kind, arguments = _get_classes(config)
+    model: nn.Module = kind(arguments.from_dict(config))
+    stored = mx.float32 if "float32" in str(config.get("torch_dtype", config.get("dtype"))) else mx.bfloat16
+    model.set_dtype(stored)
+    if how := config.get("quantization"):
+        own = {key: how[key] for key in ("group_size", "bits", "mode") if key in how}
+        nn.quantize(model, **own, class_predicate=lambda path, module: _quantisable(how, path, module))
+    return model
+
+
+def _quantisable(how: dict[str, Any], path: str, module: nn.Module) -> Any:
+    if path in how:
+        return how[path]
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % how["group_size"] == 0
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer alone, of a model or of a folder that has nothing else."""
     from mlx_lm.utils import load_tokenizer as load_it
@@ -83,11 +131,15 @@ def wired_memory(model: nn.Module) -> Iterator[None]:
 
 def _prepare(model: nn.Module, how: str) -> None:
     backend.reuse_memory()
+    _adapt(model)
+    mx.eval(model.parameters())
+    matmul.install(model, how)
+
+
+def _adapt(model: nn.Module) -> None:
     model.update(tree_map(_computable, model.parameters()))
     model.freeze()
     model.eval()
-    mx.eval(model.parameters())
-    matmul.install(model, how)
 
 
 def _computable(array: mx.array) -> mx.array:
@@ -123,20 +175,33 @@ def _check(folder: Path) -> None:
         raise ModelError(f"{folder}: this model brings code of its own to run, and that is never done here.")
 
 
+def _folder_or_hub(name: str) -> Path:
+    """The folder of a model of the hub, of which everything is there but perhaps the weights."""
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(f"{name}: there is no such folder. Name a folder with a model, or one of the hub as owner/name.")
+    return _fetched(name, _SMALL)
+
+
+_SMALL = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+
+
 def _from_hub(name: str) -> Path:
+    folder = _fetched(name, [*_SMALL, "model*.safetensors"])
+    _check(folder)
+    return folder
+
+
+def _fetched(name: str, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    wanted = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(
             f"{name}: there is no such folder here, and the hub gave nothing: {_one_line(error)}. "
             "Check the name and the connection, or give the path of a folder."
         ) from error
-    _check(folder)
-    return folder
 
 
 def _one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_qlora.errors import ModelError
-from mlx_qlora.model import backend, lora
+from mlx_qlora.model import backend, lora, transforms
 from mlx_qlora.model.attention import Packed, Prefixed, Recorder, can_unpack, copied, unpacking
 from mlx_qlora.model.head import TRUNK, LossOf, logits_of, loss_in_chunks
 from mlx_qlora.records import Batch
@@ -224,7 +224,7 @@ class _Ours:
             finally:
                 layer.update(before)
 
-        return mx.checkpoint(again)(layer.trainable_parameters(), x, *inputs)
+        return transforms.checkpoint(again)(layer.trainable_parameters(), x, *inputs)
 
 
 class _Catching:

@@ -1,0 +1,146 @@
+"""How much memory a model, a batch and a way to compute will need: the real step, traced and never computed.
+
+The real objective over the real model class and the real layout is traced, all layers of it: what MLX computes early
+grows with them in steps, so that a few layers do not say what many need. 32 layers take 1 to 2 s.
+On the CPU the prediction was held against `mx.get_peak_memory` (tests/test_memory.py). As on a GPU it is a best
+estimate: buffers wait for command buffers there, kernels have scratch memory, and a compiled step needs less.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_qlora.data.layout import Layout, lay_out
+from mlx_qlora.engine.graph import MARKS, trace, with_repeats
+from mlx_qlora.engine.memory import Memory, simulated
+from mlx_qlora.engine.optim import OptimConfig, make_optimizer
+from mlx_qlora.model import backend, lora, transforms
+from mlx_qlora.model.trunk import Passage
+from mlx_qlora.objectives.sft import sft
+from mlx_qlora.records import Batch, Example
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """What memory follows from: a model with its adapters, the examples of an update, an optimizer."""
+
+    model: nn.Module
+    examples: Sequence[Example]
+    optim: OptimConfig
+    label_smoothing: float = 0.0
+    _known: dict[tuple[Layout, Passage], Memory] = field(default_factory=dict, init=False, compare=False)
+
+    def memory(self, layout: Layout, passage: Passage) -> Memory:
+        """At the peak of an update with these examples."""
+        if (layout, passage) not in self._known:
+            self._known[layout, passage] = self._memory(layout, passage)
+        return self._known[layout, passage]
+
+    def _memory(self, layout: Layout, passage: Passage) -> Memory:
+        batches = lay_out(self.examples, layout)
+        largest = max(batches, key=lambda batch: (batch.computed, batch.positions.size))
+        step = of_step(self.model, largest, passage, self.label_smoothing)
+        adapters = _bytes(self.model.trainable_parameters())
+        state = _state(self.optim, self.model)
+        sums = adapters if len(batches) > 1 else 0  # those of the batches before
+        return _with_update(step, adapters, state, sums)
+
+
+def _with_update(step: Memory, adapters: int, state: int, sums: int) -> Memory:
+    """The peak is in a step or in the update after it: there are gradients, divided and clipped, and all that is new
+    beside what was before. What an optimizer computes on its way is as much as two of its states at most."""
+    update = 4 * adapters + 2 * state
+    more = max(0, step.weights + step.adapters + state + update - (step.peak + state + sums))
+    return Memory(step.weights, step.adapters, state + sums, step.activations + more, step.logits, step.dequantised, step.cache)
+
+
+def longest(lengths: Sequence[int], supervised: Sequence[int] | None = None) -> list[Example]:
+    """Examples that stand in for real ones before there are any: so long, with nothing in common."""
+    made = []
+    for number, length in enumerate(lengths):
+        tokens = np.full(max(2, length), number + 1, np.int32)
+        weights = np.ones(len(tokens), np.float32)
+        weights[0] = 0
+        if supervised is not None:
+            weights[: len(tokens) - supervised[number]] = 0
+        made.append(Example(f"longest:{number}", tokens, weights))
+    return made
+
+
+def of_step(model: nn.Module, batch: Batch, passage: Passage, label_smoothing: float = 0.0) -> Memory:
+    """At the peak of a micro-step, without optimizer and sums of gradients."""
+    part = _traced(model, batch, passage, label_smoothing)
+    trained = _bytes(model.trainable_parameters())
+    return Memory(_bytes(model.parameters()) - trained, trained, 0, part.activations, part.logits, part.dequantised)
+
+
+def _traced(model: nn.Module, batch: Batch, passage: Passage, label_smoothing: float) -> Memory:
+    """What a step of a model needs besides its arrays."""
+    parameters: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+    trained = list(lora.adapter_arrays(model))
+    objective = sft(label_smoothing, passage)
+    arrays = batch[:6]
+
+    def step(key: mx.array, *inputs: mx.array) -> Sequence[mx.array]:
+        own = dict(zip(parameters, inputs, strict=False))
+        model.update(tree_unflatten(list(own.items())))
+        traced = Batch(*inputs[len(own) : len(own) + len(arrays)], batch.segments)  # type: ignore[arg-type, call-arg]
+        weights: list[mx.array] = []
+
+        def total(values: Sequence[mx.array]) -> mx.array:
+            model.update(tree_unflatten(list(zip(trained, values, strict=True))))
+            loss = objective(model, traced)
+            weights.append(loss.weight)
+            return loss.total
+
+        with transforms.traced(inputs[-len(MARKS) :], not backend.on_cpu()) as sums, lora.dropout_keys(model, key):
+            _, gradients = mx.value_and_grad(total)([own[name] for name in trained])
+            return [*gradients, *weights, *sums]
+
+    marks = [mx.zeros(number + 1) for number in range(len(MARKS))]
+    before = model.parameters()
+    collecting = gc.isenabled()
+    gc.disable()  # a hundred thousand small objects, all of them needed: a quarter of the time
+    try:
+        graph = with_repeats(trace(step, [mx.random.key(0), *parameters.values(), *arrays, *marks]))
+    finally:
+        model.update(before)
+        if collecting:
+            gc.enable()
+    kinds = dict.fromkeys(graph.inputs, "batch")
+    known = set(trained)
+    for name, path in zip(graph.inputs[1:], parameters, strict=False):
+        kinds[name] = "adapters" if path in known else "weights"
+    asked = [graph.outputs[: len(trained) + 1], graph.outputs[len(trained) + 1 :]]
+    _, at_peak = simulated(graph, asked, kinds, _vocabulary(parameters))
+    return Memory(
+        activations=at_peak.get("activations", 0) + at_peak.get("batch", 0),
+        logits=at_peak.get("logits", 0),
+        dequantised=at_peak.get("dequantised", 0),
+    )
+
+
+def _vocabulary(parameters: dict[str, mx.array]) -> int:
+    """How many logits there are: the rows of the head, or of the embedding."""
+    heads = [array.shape[0] for name, array in parameters.items() if "head" in name or "embed_tokens" in name]
+    return max(heads, default=0)
+
+
+def _bytes(tree: Any) -> int:
+    arrays: dict[str, mx.array] = tree_flatten(tree, destination={})  # type: ignore[assignment]
+    return sum(array.nbytes for array in arrays.values())
+
+
+def _state(config: OptimConfig, model: nn.Module) -> int:
+    """The bytes that an optimizer keeps. Its arrays are made, and not computed."""
+    optimizer = make_optimizer(config, 1)
+    optimizer.init(model.trainable_parameters())
+    return _bytes(optimizer.state)
