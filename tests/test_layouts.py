@@ -21,7 +21,7 @@ from mlx_qlora.model.attention import Packed
 from mlx_qlora.model.head import loss_in_chunks
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.trunk import PLAIN, Passage, can_pack, can_share
-from mlx_qlora.objectives.losses import cross_entropy_sum
+from mlx_qlora.objectives.losses import cross_entropy_and_gradient
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.plan import Plan, checked
 from mlx_qlora.records import Batch, Example, LossSum
@@ -260,8 +260,8 @@ def test_logits_take_memory_for_a_chunk_whatever_the_batch() -> None:
         hidden, targets, marks = mx.random.normal((places, 32)), mx.arange(places), mx.zeros(places, mx.uint64)
         head = Head().train()
 
-        def loss_of(logits: mx.array, targets: mx.array) -> mx.array:
-            return cross_entropy_sum(logits, targets, mx.ones(targets.shape)).total
+        def loss_of(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+            return cross_entropy_and_gradient(logits, targets, mx.ones(targets.shape))
 
         def loss(hidden: mx.array) -> mx.array:
             return loss_in_chunks(head, hidden, marks, loss_of, [targets], chunk=64)

@@ -7,7 +7,6 @@ stub in place of the trunk that returns hidden states, the model's class compute
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +23,7 @@ _LAYERS = f"{TRUNK}.layers."
 _LOGITS = 1 << 23
 _LEAST_PLACES = 64
 
-LossOf = Callable[..., mx.array]  # (logits [S, V], arrays [S] ...) -> their summed loss
+LossOf = Callable[..., tuple[mx.array, mx.array]]  # (logits [S, V], arrays [S] ...) -> (summed loss, its gradient [S, V])
 
 
 def logits_of(language: nn.Module, hidden: mx.array) -> mx.array:
@@ -68,31 +67,43 @@ def loss_in_chunks(
     trainable: dict[str, mx.array] = tree_flatten(language.trainable_parameters(), destination={})  # type: ignore[assignment]
     trained = {name: array for name, array in trainable.items() if not name.startswith(_LAYERS)}
 
-    def part(start: int, variables: tuple[mx.array, Sequence[mx.array]]) -> mx.array:
-        own, values = variables
-        here = slice(start, start + own.shape[0])
+    def logits_from(start: int, own: mx.array, values: Sequence[mx.array]) -> mx.array:
         for adapter in adapters:
-            adapter.set_marks(marks[here])
-        holder = _with(language, dict(zip(trained, values, strict=True)))
-        return loss_of(logits_of(holder, own[None])[0], *(array[here] for array in arrays))
+            adapter.set_marks(marks[start : start + own.shape[0]])
+        return logits_of(_with(language, dict(zip(trained, values, strict=True))), own[None])[0]
+
+    def loss_from(start: int, logits: mx.array) -> tuple[mx.array, mx.array]:
+        return loss_of(logits, *(array[start : start + logits.shape[0]] for array in arrays))
 
     values = list(trained.values())
     starts = range(0, hidden.shape[0], chunk)
-    return (_one_pass if language.training else _in_turn)(part, starts, hidden, values)
+    return (_one_pass if language.training else _in_turn)(logits_from, loss_from, starts, hidden, values)
 
 
-Part = Callable[[int, Any], mx.array]  # (first place, (its hidden states, what is trained)) -> loss
+LogitsFrom = Callable[[int, mx.array, Sequence[mx.array]], mx.array]  # (first place, hidden states, what is trained)
+LossFrom = Callable[[int, mx.array], tuple[mx.array, mx.array]]  # (first place, logits)
 
 
-def _in_turn(part: Part, starts: range, hidden: mx.array, values: Sequence[mx.array]) -> mx.array:
+def _in_turn(
+    logits_from: LogitsFrom, loss_from: LossFrom, starts: range, hidden: mx.array, values: Sequence[mx.array]
+) -> mx.array:
     total = mx.array(0.0)
     for start in starts:
         (states,) = mx.depends([hidden], [total])  # or the lazy graph would compute several chunks at once
-        total = total + part(start, (states[start : start + starts.step], values))
+        total = total + loss_from(start, logits_from(start, states[start : start + starts.step], values))[0]
     return total
 
 
-def _one_pass(part: Part, starts: range, hidden: mx.array, values: Sequence[mx.array]) -> mx.array:
+def _one_pass(
+    logits_from: LogitsFrom, loss_from: LossFrom, starts: range, hidden: mx.array, values: Sequence[mx.array]
+) -> mx.array:
+    def chunk(variables: Any, start: int) -> tuple[mx.array, mx.array]:
+        """(something whose gradient is the loss's, the loss). The first is asked for its gradient only, and so never
+        computed: what is computed are the logits, the loss with its gradient, and the way back from there."""
+        logits = logits_from(start, *variables)
+        loss, gradient = loss_from(start, mx.stop_gradient(logits))
+        return (logits * gradient).sum(), loss
+
     @transforms.custom_function
     def forward(hidden: mx.array, *values: mx.array) -> tuple[mx.array, ...]:
         total = mx.array(0.0)
@@ -100,8 +111,8 @@ def _one_pass(part: Part, starts: range, hidden: mx.array, values: Sequence[mx.a
         sums = [mx.zeros(value.shape, mx.float32) for value in values]
         for start in starts:
             (states,) = mx.depends([hidden], [total, *pieces[-1:], *sums])
-            gradient_of = mx.value_and_grad(partial(part, start))
-            loss, (gradient, more) = gradient_of([states[start : start + starts.step], list(values)])
+            variables = [states[start : start + starts.step], list(values)]
+            (_, loss), (gradient, more) = mx.value_and_grad(chunk)(variables, start)
             total = total + loss
             pieces.append(gradient)
             sums = [a + b.astype(mx.float32) for a, b in zip(sums, more, strict=True)]

@@ -44,7 +44,7 @@ PLAIN = Passage()
 def summed_loss(
     model: nn.Module, batch: Batch, loss_of: LossOf, arrays: Sequence[mx.array], passage: Passage = PLAIN
 ) -> mx.array:
-    """`loss_of(logits, *arrays)` summed over the places of a batch.
+    """The loss of `loss_of(logits, *arrays)`, a sum with its gradient, over the places of a batch.
 
     A model that is not trunk-then-head runs whole, and the places are picked from its logits.
     """
@@ -53,7 +53,7 @@ def summed_loss(
         _require_plain(batch)
         _mark(lora.adapted(model), batch.marks)
         logits = model(batch.rows)
-        return loss_of(logits.reshape(-1, logits.shape[-1])[batch.positions], *arrays)
+        return loss_of(logits.reshape(-1, logits.shape[-1])[batch.positions], *arrays)[0]
     picked = hidden_states(model, batch, passage)[batch.positions]
     return loss_in_chunks(language, picked, batch.marks[batch.positions], loss_of, arrays, passage.chunk)
 

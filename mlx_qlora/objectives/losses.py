@@ -2,45 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_qlora.records import LossSum
 
 
 def cross_entropy_sum(logits_SV: mx.array, targets_S: mx.array, weights_S: mx.array, label_smoothing: float = 0.0) -> LossSum:
-    """Cross-entropy in float32, summed with weights. One softmax serves the loss and its gradient.
-
-    `mx.logsumexp` and the softmax of its backward are two passes of exponentials, which on the CPU take most of the
-    time of a loss: 12 ns for each of the S x V, against 0.5 for a sum.
-    """
+    """Cross-entropy in float32, summed with weights."""
+    losses_S = nn.losses.cross_entropy(
+        logits_SV.astype(mx.float32), targets_S, label_smoothing=label_smoothing, reduction="none"
+    )
     weights_S = weights_S.astype(mx.float32)
-
-    @mx.custom_function
-    def losses(logits_SV: mx.array) -> tuple[mx.array, mx.array]:
-        logits_SV = logits_SV.astype(mx.float32)
-        probabilities_SV = mx.softmax(logits_SV, axis=-1)
-        # The likeliest class never underflows, so the logarithm of the sum is exact enough from there.
-        log_sum_S = logits_SV.max(axis=-1) - mx.log(probabilities_SV.max(axis=-1))
-        score_S = mx.take_along_axis(logits_SV, targets_S[:, None], axis=-1)[:, 0]
-        if label_smoothing:
-            score_S = (1 - label_smoothing) * score_S + label_smoothing * logits_SV.mean(axis=-1)
-        return log_sum_S - score_S, probabilities_SV
-
-    @losses.vjp
-    def gradient(logits_SV: mx.array, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> mx.array:
-        vocabulary = logits_SV.shape[-1]
-        wanted_SV = mx.arange(vocabulary)[None] == targets_S[:, None]
-        at_target, elsewhere = 1 - label_smoothing + label_smoothing / vocabulary, label_smoothing / vocabulary
-        difference_SV = outputs[1] - mx.where(wanted_SV, at_target, elsewhere)
-        cotangent_S1 = cotangents[0][:, None]
-        return mx.where(cotangent_S1 == 0, 0.0, cotangent_S1 * difference_SV).astype(logits_SV.dtype)
-
-    losses_S = losses(logits_SV)[0]  # type: ignore[index]
     # A place without weight may hold anything, infinity too, and 0 * inf is not 0.
     weighted_S = mx.where(weights_S == 0, 0.0, losses_S * weights_S)
     return LossSum(weighted_S.sum(), weights_S.sum())
+
+
+def cross_entropy_and_gradient(
+    logits_SV: mx.array, targets_S: mx.array, weights_S: mx.array, label_smoothing: float = 0.0
+) -> tuple[mx.array, mx.array]:
+    """The same sum, and its gradient with respect to the logits: one softmax serves both.
+
+    Left to autograd, `mx.logsumexp` and the softmax of its backward are two passes of exponentials, which on the CPU
+    take most of the time: 64 x 32,000 in 52 ms so, in 30 ms here.
+    """
+    logits_SV, weights_S = logits_SV.astype(mx.float32), weights_S.astype(mx.float32)
+    probabilities_SV = mx.softmax(logits_SV, axis=-1)
+    # The likeliest class never underflows, so the logarithm of the sum is exact enough from there.
+    log_sum_S = logits_SV.max(axis=-1) - mx.log(probabilities_SV.max(axis=-1))
+    score_S = mx.take_along_axis(logits_SV, targets_S[:, None], axis=-1)[:, 0]
+    vocabulary = logits_SV.shape[-1]
+    at_target, elsewhere = 1 - label_smoothing + label_smoothing / vocabulary, label_smoothing / vocabulary
+    if label_smoothing:
+        score_S = (1 - label_smoothing) * score_S + label_smoothing * logits_SV.mean(axis=-1)
+    total = mx.where(weights_S == 0, 0.0, (log_sum_S - score_S) * weights_S).sum()
+    wanted_SV = mx.where(mx.arange(vocabulary)[None] == targets_S[:, None], at_target, elsewhere)
+    weights_S1 = weights_S[:, None]
+    return total, mx.where(weights_S1 == 0, 0.0, weights_S1 * (probabilities_SV - wanted_SV))
 
 
 def next_token_cross_entropy(

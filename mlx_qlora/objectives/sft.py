@@ -8,15 +8,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_qlora.model.trunk import PLAIN, Passage, summed_loss
-from mlx_qlora.objectives.losses import cross_entropy_sum
+from mlx_qlora.objectives.losses import cross_entropy_and_gradient
 from mlx_qlora.records import Batch, LossSum
 
 
 def sft(label_smoothing: float = 0.0, passage: Passage = PLAIN) -> Callable[[nn.Module, Batch], LossSum]:
     """The objective. The head runs at the supervised places only, in chunks."""
 
-    def loss_of(logits: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        return cross_entropy_sum(logits, targets, weights, label_smoothing).total
+    def loss_of(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+        return cross_entropy_and_gradient(logits, targets, weights, label_smoothing)
 
     def objective(model: nn.Module, batch: Batch) -> LossSum:
         total = summed_loss(model, batch, loss_of, (batch.targets, batch.weights), passage)
