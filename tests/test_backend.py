@@ -82,4 +82,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
     if not (sys.platform == "linux" and backend.on_cpu()):
         pytest.skip("glibc and MLX's CPU backend")
-    assert faults("reused") < 5_000 < 15_000 < faults("plain")
+    assert 3 * faults("reused") < faults("plain")  # measured: 60 to 2,500 against 14,000 to 24,000

@@ -17,7 +17,7 @@ from mlx_qlora.engine.memory import Memory, MemoryConfig
 from mlx_qlora.engine.optim import OptimConfig
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.foresee import Foresight, longest
-from mlx_qlora.look.console import Console, answered
+from mlx_qlora.look.console import Console, answered, size
 from mlx_qlora.model import backend, lora
 from mlx_qlora.model.load import load_tokenizer, outline
 from mlx_qlora.plan import Change, Plan, alternatives, choose, choose_without_data, longest_of
@@ -114,18 +114,18 @@ def _show(found: _Planned, config: RunConfig, console: Console) -> None:
         return
     need = found.plan.memory.memory
     console.say("\nmemory at the peak of an update")
-    for name, size in _rows(need):
-        console.say(f"  {name:<28} {size / 1e9:8.2f} GB")
-    console.say(f"  {'in all':<28} {need.peak / 1e9:8.2f} GB")
-    console.say(f"  {'this machine':<28} {backend.memory() / 1e9:8.2f} GB")
+    for name, bytes_ in _rows(need):
+        console.say(f"  {name:<28} {size(bytes_):>10}")
+    console.say(f"  {'in all':<28} {size(need.peak):>10}")
+    console.say(f"  {'this machine':<28} {size(backend.memory()):>10}")
     if found.limit is not None:
         verdict = "fits" if found.plan.memory.fits else "does not fit"
-        console.say(f"  {'of it may be used':<28} {found.limit / 1e9:8.2f} GB: {verdict}")
+        console.say(f"  {'of it may be used':<28} {size(found.limit):>10}: {verdict}")
     if not backend.on_cpu():
         console.say("  on a GPU this is an estimate that nobody has measured yet")
     console.say("\nand otherwise")
     for change in found.changes:
-        console.say(f"  {change.memory.peak / 1e9:8.2f} GB  {change.what}")
+        console.say(f"  {size(change.memory.peak):>10}  {change.what}")
 
 
 def _rows(need: Memory) -> list[tuple[str, int]]:
@@ -145,11 +145,10 @@ def _remedy(found: _Planned) -> str:
     need = found.plan.memory.memory.peak
     better = [each for each in found.changes if each.memory.peak < need]
     lines = [
-        f"  {each.memory.peak / 1e9:.2f} GB with {each.what}{': fits' if each.memory.peak <= found.limit else ''}"
-        for each in better
+        f"  {size(each.memory.peak)} with {each.what}{': fits' if each.memory.peak <= found.limit else ''}" for each in better
     ]
     ways = "What to change, in this order:\n" + "\n".join(lines) if lines else "Fewer weights are what helps: a smaller model."
-    return f"this needs {need / 1e9:.2f} GB, and {found.limit / 1e9:.2f} GB may be used.\n{ways}"
+    return f"this needs {size(need)}, and {size(found.limit)} may be used.\n{ways}"
 
 
 def _to_json(found: _Planned, config: RunConfig, attached: lora.Attached) -> dict[str, Any]:

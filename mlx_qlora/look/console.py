@@ -122,13 +122,13 @@ class Console:
         """What a run will need at most, and what there is."""
         need = fit.memory
         parts = [
-            f"weights {_gb(need.weights)}",
-            f"adapters and optimizer {_gb(need.adapters + need.optimizer)}",
-            f"activations {_gb(need.activations)}",
+            f"weights {size(need.weights)}",
+            f"adapters and optimizer {size(need.adapters + need.optimizer)}",
+            f"activations {size(need.activations)}",
         ]
-        parts += [f"logits {_gb(need.logits)}"] if need.logits > need.peak / 100 else []
-        parts += [f"dequantised weights {_gb(need.dequantised)}"] if need.dequantised > need.peak / 100 else []
-        self.fact("memory", f"about {_gb(need.peak)} GB at most: {', '.join(parts)}; this machine has {machine / 1e9:.0f} GB")
+        parts += [f"logits {size(need.logits)}"] if need.logits > need.peak / 100 else []
+        parts += [f"dequantised weights {size(need.dequantised)}"] if need.dequantised > need.peak / 100 else []
+        self.fact("memory", f"about {size(need.peak)} at most: {', '.join(parts)}; this machine has {machine / 1e9:.0f} GB")
         if not fit.fits:
             self.say(f"{'':<9} WARNING: that does not fit; mlx-qlora plan says what to change")
 
@@ -248,8 +248,9 @@ def _from_here(path: Path) -> Path:
 _BAR = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f}"
+def size(number: float) -> str:
+    """Bytes as a person reads them."""
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
 def _duration(seconds: float) -> str:
