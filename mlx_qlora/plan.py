@@ -19,11 +19,11 @@ from mlx_qlora.data.shapes import fit as fit_shapes
 from mlx_qlora.data.tree import common, sorted_by_tokens
 from mlx_qlora.engine.memory import Fit, Memory, MemoryConfig, fit
 from mlx_qlora.engine.optim import OptimConfig
-from mlx_qlora.errors import ConfigError
+from mlx_qlora.errors import ConfigError, ModelError
 from mlx_qlora.foresee import Foresight, longest
 from mlx_qlora.look.evaluate import mean_loss
 from mlx_qlora.model import backend
-from mlx_qlora.model.trunk import Passage, can_pack, can_share
+from mlx_qlora.model.trunk import Passage, can_pack, can_share, length_counts, states_before
 from mlx_qlora.records import Batch, Example, LossSum
 
 BUDGET = 4096  # positions at once, where nothing says otherwise
@@ -94,7 +94,10 @@ def _chosen(config: RunConfig, model: nn.Module, foresight: Foresight, shapes: C
     if kind is Kind.PADDED and (problem := can_share(model)):
         notes.append(f"nothing shared, because {problem}")
         sharing = False
-    layout = Layout(kind, config.token_budget or BUDGET, rows=config.batch_size if kind is Kind.PLAIN else 1024)
+    alone = length_counts(model)  # each row by itself, without padding
+    kind = Kind.PLAIN if alone else kind
+    rows = 1 if alone else config.batch_size if kind is Kind.PLAIN else 1024
+    layout = Layout(kind, config.token_budget or BUDGET, rows=rows, step=1 if alone else 8)
     if kind is Kind.PADDED:
         layout = replace(layout, shapes=shapes(sharing))
     plan = Plan(layout, Passage(), compiled and kind is not Kind.PACKED, None, tuple(notes))
@@ -190,30 +193,70 @@ def _common_prefix(examples: Sequence[Example]) -> tuple[int, ...]:
     return tuple(middle.tokens[:size].tolist()) if size >= 16 else ()
 
 
-def _most_alike(examples: Sequence[Example]) -> Sequence[Example]:
-    """A few neighbours that have the most in common for their length."""
+def _telling(examples: Sequence[Example], prefix: Sequence[int]) -> list[Example]:
+    """A few rows that show what a layout does: neighbours with the most in common for their length, some that begin with
+    the common prefix, and the longest."""
     ordered = sorted_by_tokens(examples)
     shared = np.array([0, *(common(a, b) for a, b in pairwise(ordered))])
     lengths = np.array([len(each.tokens) for each in ordered])
     windows = range(max(1, len(ordered) - _FEW + 1))
     best = max(windows, key=lambda at: float(shared[at + 1 : at + _FEW].sum() / lengths[at : at + _FEW].sum()))
-    return ordered[best : best + _FEW]
+    begin = [each for each in ordered if prefix and each.tokens[: len(prefix)].tolist() == list(prefix)]
+    chosen = [
+        *ordered[best : best + _FEW],
+        *sorted(begin, key=lambda each: len(each.tokens))[:2],
+        ordered[int(lengths.argmax())],
+    ]
+    return list({id(each): each for each in chosen}.values())
 
 
 def checked(plan: Plan, model: nn.Module, objective: Callable[[nn.Module, Batch], LossSum], sample: Sequence[Example]) -> Plan:
-    """The plan, if it gives a few rows the loss that plain rows give; else a simpler one, with a note that says so."""
-    few = _most_alike(sample)
-    plain = mean_loss(model, objective, lay_out(few, Layout(Kind.PLAIN, rows=1)))
+    """The plan, if it gives a few rows the loss that the model's own code gives one of them at a time; else a simpler
+    one, with a note that says so."""
+    few = _telling(sample, plan.layout.shapes.prefix)
+    plain = _own_loss(model, few, objective)
     tolerance = _TOLERANCE.get(backend.compute_dtype(mx.bfloat16), _TOLERANCE_HALF)
-    while plan.layout.kind is not Kind.PLAIN and math.isfinite(plain):
+
+    def problem(layout: Layout, first: int) -> str:
         try:
-            got = mean_loss(model, objective, lay_out(few, plan.layout))
-            problem = f"its loss on {len(few)} rows was {got:.6g}, that of plain rows {plain:.6g}"
+            batches: Sequence[Batch] = lay_out(few, layout)
+            if first:
+                batches = [batch._replace(states=states_before(model, batch, first)) for batch in batches]
+            got = mean_loss(model, objective, batches)
         except Exception as error:  # whatever a model's code makes of arrays that it did not expect
-            got, problem = math.nan, f"{type(error).__name__}: {error}".splitlines()[0]
-        if abs(got - plain) <= tolerance * abs(plain):
-            break
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        if math.isnan(plain) or abs(got - plain) <= tolerance * abs(plain):
+            return ""
+        return f"its loss on {len(few)} rows was {got:.6g}, that of the model's own code {plain:.6g}"
+
+    while (said := problem(plan.layout, 0)) and plan.layout.kind is not Kind.PLAIN:
         simpler = Kind.PADDED if plan.layout.kind is Kind.PACKED else Kind.PLAIN
-        said = f"WARNING: the {plan.layout.kind.value} layout is switched off: {problem}. Please report this model."
-        plan = replace(plan, layout=replace(plan.layout, kind=simpler), notes=(*plan.notes, said))
+        note = f"WARNING: the {plan.layout.kind.value} layout is switched off: {said}. Please report this model."
+        plan = replace(plan, layout=replace(plan.layout, kind=simpler), notes=(*plan.notes, note))
+    if said:
+        raise ModelError(f"This model can't be trained here, even row by row: {said}. Please report it.")
+    if plan.passage.first and (said := problem(plan.layout, plan.passage.first)):
+        note = f"WARNING: what the layers below the adapters give is not kept: {said}. Please report this model."
+        plan = replace(plan, passage=replace(plan.passage, first=0), notes=(*plan.notes, note))
     return plan
+
+
+def _own_loss(model: nn.Module, examples: Sequence[Example], objective: Callable[[nn.Module, Batch], LossSum]) -> float:
+    """The mean loss by the model's own code, one row at a time without padding: the trunk is not taken apart."""
+
+    def whole(model: nn.Module, batch: Batch) -> LossSum:
+        return objective(_Whole(model), batch)
+
+    return mean_loss(model, whole, [each for one in examples for each in lay_out([one], Layout(Kind.PLAIN, step=1))])
+
+
+class _Whole(nn.Module):
+    """A model that shows nothing of what it is made of, so that it runs whole."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.whole = model
+        self.train(model.training)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.whole(tokens)  # type: ignore[no-any-return]

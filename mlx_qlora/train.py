@@ -30,7 +30,7 @@ from mlx_qlora.look.console import Console, answered
 from mlx_qlora.look.evaluate import ask_both, mean_loss, score
 from mlx_qlora.look.gap import analyse
 from mlx_qlora.model import backend, lora
-from mlx_qlora.model.activations import KeptTrunk, TrunkCacheConfig, open_kept
+from mlx_qlora.model.activations import KeptTrunk, TrunkCacheConfig, first_kept, open_kept
 from mlx_qlora.model.load import Loaded, load, wired_memory
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.plan import checked, choose
@@ -165,11 +165,13 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
     total, per_epoch = _length(config, corpus, batch)
     eval_every = config.eval_every or max(1, (per_epoch or total) // 4)
     console.plan(optim_config, batch.examples_per_update, per_epoch, total, eval_every)
-    kept = open_kept(config.part(TrunkCacheConfig), loaded.model, config.model)
-    plan = choose(config, loaded.model, corpus, first=kept.first if kept else 0)
+    keeping = config.part(TrunkCacheConfig)
+    plan = choose(config, loaded.model, corpus, first=first_kept(keeping, loaded.model))
     objective = sft(config.label_smoothing, plan.passage)
     sample = corpus.train_sample()
     plan = checked(plan, loaded.model, objective, sample)
+    objective = sft(config.label_smoothing, plan.passage)
+    kept = open_kept(keeping, loaded.model, config.model, plan.passage.first)
     console.layout(plan.describe, plan.notes)
     if plan.memory:
         console.memory(plan.memory, backend.memory())

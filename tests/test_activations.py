@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,16 +13,19 @@ import numpy as np
 import pytest
 
 from mlx_qlora.data.layout import lay_out
-from mlx_qlora.model.activations import KeptStates, KeptTrunk, TrunkCacheConfig, open_kept
+from mlx_qlora.model import lora
+from mlx_qlora.model.activations import KeptStates, KeptTrunk, TrunkCacheConfig, first_kept, open_kept
+from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.trunk import Passage, first_adapted
-from tests.conftest import SHAPES
+from tests.conftest import SHAPES, tiny_model
 from tests.test_layouts import LAYOUTS, PACKABLE, assert_same, family, plainly, through, trainable
 
 _opened: list[KeptTrunk] = []
 
 
 def opened(folder: Path, model: nn.Module, **settings: object) -> KeptTrunk:
-    kept = open_kept(TrunkCacheConfig(trunk_cache_dir=str(folder), **settings), model, "tiny")  # type: ignore[arg-type]
+    config = TrunkCacheConfig(trunk_cache_dir=str(folder), **settings)  # type: ignore[arg-type]
+    kept = open_kept(config, model, "tiny", first_kept(config, model))
     assert kept is not None
     _opened.append(kept)
     return kept
@@ -154,13 +158,15 @@ def test_another_model_has_other_states_and_the_oldest_go_first(tmp_path: Path) 
     third.kept.close()
 
 
-def test_nothing_is_kept_where_everything_is_adapted(tmp_path: Path) -> None:
-    assert open_kept(TrunkCacheConfig(trunk_cache_dir=str(tmp_path)), trainable("mistral"), "tiny") is None
+def test_nothing_is_kept_where_everything_is_adapted() -> None:
     full = trainable("mistral", layers=1, quantized=False)
     full.model.embed_tokens.unfreeze()  # type: ignore[union-attr]
-    assert open_kept(TrunkCacheConfig(trunk_cache_dir=str(tmp_path)), full, "tiny") is None
-    off = TrunkCacheConfig(trunk_cache="off", trunk_cache_dir=str(tmp_path))
-    assert open_kept(off, trainable("mistral", layers=1), "tiny") is None
+    head = tiny_model("mistral")
+    lora.attach(head, LoraConfig(targets=("lm_head",)))
+    for model in (trainable("mistral"), full, head):
+        assert first_kept(TrunkCacheConfig(), model) == 0
+    assert first_kept(TrunkCacheConfig(trunk_cache="off"), trainable("mistral", layers=1)) == 0
+    assert first_kept(TrunkCacheConfig(), trainable("mistral", layers=1)) == 2
 
 
 def test_marks_of_padding_are_zeros(tmp_path: Path) -> None:
@@ -171,3 +177,20 @@ def test_marks_of_padding_are_zeros(tmp_path: Path) -> None:
     assert found.tolist() == [[6, 7, 8], [0, 0, 0], [0, 1, 2]]
     assert kept.find(np.array([1], np.uint64)) is None
     kept.close()
+
+
+def test_a_reader_keeps_to_the_file_that_it_opened(tmp_path: Path) -> None:
+    marks = np.array([1, 2], np.uint64)
+    writer = KeptStates(tmp_path / "a", 4, mx.float32, 1e9)
+    writer.add(marks, mx.arange(8).reshape(2, 4).astype(mx.float32))
+    writer.flush()
+    reader = KeptStates(tmp_path / "a", 4, mx.float32, 1e9)
+    writer.close()
+    shutil.rmtree(tmp_path / "a")
+    with KeptStates(tmp_path / "a", 4, mx.float32, 1e9) as other:
+        other.add(marks, 1000 + mx.arange(8).reshape(2, 4).astype(mx.float32))
+        other.flush()
+        found = reader.find(marks)
+        assert found is not None
+        assert found.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    reader.close()

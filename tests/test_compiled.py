@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from mlx_qlora.model import backend, frozen, lora
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.trunk import states_before
 from mlx_qlora.objectives.sft import sft
-from mlx_qlora.records import Batch, LossSum
+from mlx_qlora.records import Batch, LossSum, Update
 from tests.conftest import in_rows, largest_difference, make_examples, randomize_adapters, tiny_model
 from tests.test_layouts import LAYOUTS, family
 
@@ -106,3 +107,19 @@ def test_the_largest_batch_comes_first_and_changes_nothing() -> None:
     assert [report.loss for report in steps(rehearsed, planned)] == plain
     assert seen[0] == max(seen)
     assert len(seen) == 4
+
+
+def test_an_update_that_was_made_is_reported_even_if_the_next_can_not_be_read() -> None:
+    made = make_examples(6)
+    planned = list(updates(InMemory(made), Order((6,), seed=0), BatchConfig(batch_size=2), in_rows(2), epochs=1))
+
+    def broken() -> Iterator[Update]:
+        yield from planned[:2]
+        raise OSError("the disk is gone")
+
+    own = engine(False)
+    running = steps(own, broken())
+    assert [next(running).step, next(running).step] == [1, 2]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(running)
+    assert own.optimizer.state["step"].item() == 2

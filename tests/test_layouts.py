@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib import import_module
 from typing import Any
 
 import mlx.core as mx
@@ -11,16 +12,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_qlora.data.layout import Kind, Layout, histories, lay_out
 from mlx_qlora.data.shapes import MOST_TRACES, Shapes, fit
 from mlx_qlora.engine.accumulate import GradientAccumulator
 from mlx_qlora.engine.steps import add_losses
+from mlx_qlora.errors import ModelError
 from mlx_qlora.model import frozen, lora
 from mlx_qlora.model.attention import Packed
 from mlx_qlora.model.head import loss_in_chunks
 from mlx_qlora.model.lora import LoraConfig
-from mlx_qlora.model.trunk import PLAIN, Passage, can_pack, can_share
+from mlx_qlora.model.trunk import PLAIN, Passage, can_pack, can_share, length_counts
 from mlx_qlora.objectives.losses import cross_entropy_and_gradient
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.plan import Plan, checked
@@ -283,6 +286,91 @@ def test_a_layout_that_is_wrong_here_is_switched_off_loudly(monkeypatch: pytest.
     plan = Plan(LAYOUTS["packed"], PLAIN, compiled=False)
     switched = checked(plan, model, sft(), family())
     assert switched.layout.kind is Kind.PADDED
-    assert "WARNING: the packed layout is switched off: its loss on 4 rows was" in switched.notes[0]
+    assert "WARNING: the packed layout is switched off: its loss on 5 rows was" in switched.notes[0]
     monkeypatch.undo()
     assert checked(plan, model, sft(), family()) == plan
+
+
+def tiny(module: str, **more: Any) -> nn.Module:
+    """A model of another class, with adapters as after some training."""
+    arguments = {
+        "hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 96, "model_type": module, "rope_theta": 1e4,
+    }  # fmt: skip
+    code = import_module(f"mlx_lm.models.{module}")
+    mx.random.seed(0)
+    model: nn.Module = code.Model(code.ModelArgs.from_dict(arguments | more))
+    model.update(tree_map(lambda p: mx.random.normal(p.shape) * 0.2 if p.ndim == 2 else p, model.parameters()))
+    lora.attach(model, LoraConfig(rank=4, scale=2.0))
+    randomize_adapters(model)
+    model.train()
+    return model
+
+
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("phi", {"partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5, "num_key_value_heads": 4, "max_position_embeddings": 128}),
+    ("cohere2", {"sliding_window": 8, "sliding_window_pattern": 2, "layer_norm_eps": 1e-5, "logit_scale": 0.3}),
+    ("olmo2", {"tie_word_embeddings": False, "max_position_embeddings": 128}),
+    ("llama", {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    (
+        "olmo_hybrid",
+        {
+            "layer_types": ["linear_attention", "full_attention"] * 2, "max_position_embeddings": 128,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+            "linear_conv_kernel_dim": 4, "tie_word_embeddings": False, "linear_allow_neg_eigval": False,
+            "attention_bias": False,
+        },
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "more"), OTHERS, ids=[module for module, _ in OTHERS])
+def test_other_classes_get_what_they_can_and_the_plain_gradient(module: str, more: dict[str, Any]) -> None:
+    """One that wants a cache argument, one with windows and a scaled head, one whose rope depends on the length of a row,
+    one that asks what class its layers are."""
+    model = tiny(module, **more)
+    alone = length_counts(model)
+    kind = Kind.PLAIN if alone or can_share(model) else Kind.PADDED if can_pack(model) else Kind.PACKED
+    layout = Layout(kind, rows=1 if alone else 1024, step=1 if alone else 8)
+    plan = checked(Plan(layout, Passage(), compiled=False), model, sft(), family())
+    assert plan.notes == ()
+    assert_same(through(model, lay_out(family(), plan.layout)), plainly(model, family()), 1e-4)
+
+
+def test_a_batch_without_a_supervised_place_is_nothing_and_no_error() -> None:
+    model = trainable("mistral")
+    nothing = [Example("n", np.arange(3, 12, dtype=np.int32), np.zeros(9, np.float32))]
+    for layout in LAYOUTS.values():
+        loss, grads = through(model, lay_out(nothing, layout))
+        assert loss.total.item() == loss.weight.item() == 0
+        assert not any(array.any() for _, array in tree_flatten(grads))
+
+
+def test_states_that_would_be_wrong_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trunk that runs its layers twice has two inputs for each; what would be kept is none of them."""
+    model = trainable("mistral", layers=1)
+    right = type(model.model).__call__  # type: ignore[union-attr]
+
+    def twice(self: Any, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
+        return right(self, inputs, cache, right(self, inputs, cache, input_embeddings))
+
+    plan = Plan(LAYOUTS["plain"], Passage(first=2), compiled=False)
+    objective = sft(passage=plan.passage)
+    assert checked(plan, model, objective, family()) == plan
+    monkeypatch.setattr(type(model.model), "__call__", twice)  # type: ignore[union-attr]
+    without = checked(plan, model, objective, family())
+    assert without.passage.first == 0
+    assert "is not kept: CannotShare: The layers of this model do not run once each" in without.notes[0]
+
+
+def test_checkpointing_is_refused_where_it_would_lose_gradients() -> None:
+    model = trainable("mistral")
+    layer: Any = model.model.layers[0]  # type: ignore[union-attr]
+
+    class Two(type(layer)):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs), mx.zeros(1)
+
+    layer.__class__ = Two
+    with pytest.raises(ModelError, match="take or give more than one array"):
+        through(model, lay_out(family(), LAYOUTS["plain"]), Passage(checkpoint=True))

@@ -85,6 +85,7 @@ class Layout:
     kind: Kind = Kind.PLAIN
     token_budget: int = 4096
     rows: int = 1024  # at most, in a batch
+    step: int = 8  # plain rows are padded to a multiple of this
     shapes: Shapes = field(default_factory=Shapes)  # for `padded`
 
 
@@ -100,7 +101,10 @@ def lay_out(examples: Sequence[Example], layout: Layout) -> tuple[Batch, ...]:
             for part, rows, length, prefix in layout.shapes.groups(examples, layout.token_budget)
         )
     ordered = sorted(examples, key=lambda example: -len(example.tokens))
-    return tuple(padded(part) for part in _plain_parts(ordered, layout))
+    return tuple(
+        padded(part, round_up(max(len(each.tokens) for each in part) - 1, layout.step))
+        for part in _plain_parts(ordered, layout)
+    )
 
 
 def packed(examples: Sequence[Example]) -> Batch:
@@ -155,7 +159,7 @@ def _batch(
     targets = np.concatenate([example.tokens[1:][_places(example)] for example in examples])
     weights = np.concatenate([example.weights[1:][_places(example)] for example in examples])
     keys, which = np.unique(positions.astype(np.int64) << 32 | targets, return_inverse=True)
-    filled = filled if filled >= len(keys) else round_up(len(keys), _PLACES_STEP)
+    filled = filled if filled >= max(1, len(keys)) else round_up(len(keys), _PLACES_STEP)
     return Batch(
         rows=mx.array(rows),
         shared=mx.array(shared.astype(np.int32)),
@@ -200,7 +204,7 @@ def _parts(ordered: Sequence[Example], layout: Layout) -> Iterator[Sequence[Exam
 def _plain_parts(ordered: Sequence[Example], layout: Layout) -> Iterator[Sequence[Example]]:
     start = 0
     while start < len(ordered):
-        length = round_up(len(ordered[start].tokens) - 1, _LENGTH_STEP)
+        length = round_up(len(ordered[start].tokens) - 1, layout.step)
         rows = min(layout.rows, max(1, layout.token_budget // length))
         yield ordered[start : start + rows]
         start += rows

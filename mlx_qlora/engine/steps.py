@@ -111,7 +111,11 @@ def steps(engine: Engine, updates: Iterable[Update]) -> Iterator[StepReport]:
         done = guarded_update(optimizer, model.trainable_parameters(), accumulator.take(), mean, config.clip_grad_norm)
         model.update(done.params)
         mx.async_eval(done, optimizer.state, mean, loss.metrics)
-        following = next(coming, None)
+        problem: Exception | None = None
+        try:
+            following = next(coming, None)
+        except Exception as error:  # what was computed meanwhile is still reported
+            problem = error
         mx.eval(done, optimizer.state, mean, loss.metrics)
         now = time.perf_counter()
         in_a_row = 0 if done.finite.item() else in_a_row + 1
@@ -133,6 +137,8 @@ def steps(engine: Engine, updates: Iterable[Update]) -> Iterator[StepReport]:
         )
         if in_a_row >= config.max_skipped_updates:
             raise NonFiniteError(_explain(in_a_row, number + 1, update.ids))
+        if problem is not None:
+            raise problem
         begun = time.perf_counter()
 
 

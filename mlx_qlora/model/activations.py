@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import mmap
 import os
 import shutil
 import zlib
@@ -33,6 +34,7 @@ from mlx_qlora.records import Batch, Update
 
 _FORMAT = 1
 _FLUSH_BYTES = 256_000_000  # so much may be lost to a crash
+_AT_ONCE = 1 << 22
 _RECENT = 65_536  # marks that are looked up in a dictionary before all of them are sorted again
 
 
@@ -94,8 +96,9 @@ class KeptStates:
             return None
         rows: NDArray[Any] = np.zeros((len(marks), self.width), self._kind)
         if (slots >= 0).any():
-            if len(self._map) < self._places:
-                self._map = np.memmap(self.folder / "states.bin", self._kind, "r", shape=(self._places, self.width))
+            if len(self._map) < self._places:  # by the open file: another one may stand under its name by now
+                mapped = mmap.mmap(self._states, self._places * self._row_bytes, access=mmap.ACCESS_READ)
+                self._map = np.frombuffer(mapped, self._kind).reshape(self._places, self.width)
             rows[slots >= 0] = self._map[slots[slots >= 0]]
         return mx.array(rows).view(self._dtype)
 
@@ -253,6 +256,7 @@ class KeptTrunk:
         if states is None:
             states = self.kept.rounded(trunk.states_before(self.model, batch, self.first))
             mx.eval(states)
+            assert len(states) == len(marks), "a state for each position"
             self.kept.add(marks, states)
         return batch._replace(states=states)
 
@@ -264,10 +268,14 @@ class KeptTrunk:
             yield replace(update, batches=tuple(self.batches(update.batches)))
 
 
-def open_kept(config: TrunkCacheConfig, model: nn.Module, name: str) -> KeptTrunk | None:
-    """The kept states of a model with adapters; None where they are switched off or no layer lies below the adapters."""
-    first = trunk.first_adapted(model)
-    if config.trunk_cache == "off" or first == 0:
+def first_kept(config: TrunkCacheConfig, model: nn.Module) -> int:
+    """The layer whose inputs are kept; 0 where that is switched off or no layer lies below the adapters."""
+    return 0 if config.trunk_cache == "off" else trunk.first_adapted(model)
+
+
+def open_kept(config: TrunkCacheConfig, model: nn.Module, name: str, first: int) -> KeptTrunk | None:
+    """The kept inputs of layer `first` of a model with adapters; None where that is 0."""
+    if first == 0:
         return None
     computed = trunk.states_before(model, _one_token(), first)
     stored = {"auto": computed.dtype, "f32": mx.float32, "bf16": mx.bfloat16}[config.trunk_cache]
@@ -286,7 +294,9 @@ def _one_token() -> Batch:
 
 def _key(model: nn.Module, first: int, stored: str, name: str) -> str:
     """Names what the states follow from: the arrays below the adapters, their layers' code and this MLX."""
-    digest = hashlib.blake2b(f"{_FORMAT} {first} {stored} {version('mlx')} {mx.default_device()} {type(model)}".encode())
+    digest = hashlib.blake2b(
+        f"{_FORMAT} {first} {stored} {version('mlx')} {version('mlx-lm')} {mx.default_device()} {type(model)}".encode()
+    )
     digest.update(repr(sorted((key, str(value)) for key, value in vars(getattr(model, "args", model)).items())).encode())
     arrays: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
     for path, array in arrays.items():
@@ -298,9 +308,14 @@ def _key(model: nn.Module, first: int, stored: str, name: str) -> str:
 
 def _fingerprint(array: mx.array) -> int:
     """A sum over an array's bits, each word times a number of its place; computed where the array lies."""
-    words = array.reshape(-1).view(mx.uint8).astype(mx.uint32)
-    places = (mx.arange(words.size, dtype=mx.uint32) * mx.array(2654435761, mx.uint32)) | 1
-    return int((words * places).sum().item())  # type: ignore[arg-type]
+    flat = array.reshape(-1)
+    total = 0
+    for start in range(0, flat.size, _AT_ONCE):  # in parts, because the places take as much memory as what is summed
+        part = flat[start : start + _AT_ONCE]
+        words = part.view(mx.uint8 if part.dtype.size < 4 else mx.uint32).astype(mx.uint32)
+        places = (mx.arange(start, start + words.size, dtype=mx.uint32) * mx.array(2654435761, mx.uint32)) | 1
+        total += int((words * places).sum().item()) + start  # type: ignore[arg-type]
+    return total
 
 
 def _make_room(root: Path, wanted: Path, limit: float) -> None:

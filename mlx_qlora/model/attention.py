@@ -211,5 +211,7 @@ def _twin(kind: type) -> type:
 def _attend(
     queries: mx.array, keys: mx.array, values: mx.array, cache: Packed, scale: float, mask: Any, **more: Any
 ) -> mx.array:
+    if not (mask is None or isinstance(mask, _Window) or (isinstance(mask, str) and mask == "causal")):
+        raise TypeError("this attention has a mask of its own, which pieces of a row have no place for")
     window = mask.size if isinstance(mask, _Window) else None
     return cache.attend(queries, keys, values, window, scale=scale, **more)

@@ -7,7 +7,7 @@ kept. The model itself is never changed, so there is nothing to undo after a run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,18 +78,22 @@ def states_before(model: nn.Module, batch: Batch, first: int) -> mx.array:
         return _Ours(layer, PLAIN, number) if number < first else _Catching(layer, caught if number == first else [])
 
     _flat(trunk, batch, stub)
+    passes = 2 if batch.shared.size else 1
+    if len(caught) != passes or sum(each.size // each.shape[-1] for each in caught) != batch.computed:
+        raise CannotShare("The layers of this model do not run once each, one after the other.")
     return mx.concatenate([each.reshape(-1, each.shape[-1]) for each in reversed(caught)])
 
 
 def first_adapted(model: nn.Module) -> int:
-    """The first layer whose output can change in training; 0 where something before the layers is trained."""
+    """The first layer whose output can change in training; 0 where something before the layers is trained, or nothing
+    in them."""
     language = _language(model)
     if not _has_trunk(language) or _LAYERS not in language[TRUNK]:
         return 0
     trained: dict[str, mx.array] = tree_flatten(language[TRUNK].trainable_parameters(), destination={})  # type: ignore[assignment]
     inside = [int(name.split(".")[1]) for name in trained if name.startswith(_LAYERS + ".")]
     before = any(not name.startswith((_LAYERS + ".", "norm.")) for name in trained)
-    return 0 if before else min(inside, default=len(language[TRUNK][_LAYERS]))
+    return 0 if before else min(inside, default=0)
 
 
 class CannotShare(ModelError):
@@ -113,10 +117,20 @@ def can_share(model: nn.Module) -> str:
         return "it is not a trunk of layers with a head"
     from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-    kinds = {type(cache) for cache in make_prompt_cache(model)}
-    if not kinds <= {KVCache, RotatingKVCache}:
+    caches = make_prompt_cache(model)
+    if not {type(cache) for cache in caches} <= {KVCache, RotatingKVCache}:
         return "it has layers that are recurrent or keep something else than keys and values"
-    return ""
+    if len(caches) != len(language[TRUNK][_LAYERS]):
+        return "its layers share keys and values, or run more than once"
+    return _LENGTH_COUNTS if length_counts(model) else ""
+
+
+_LENGTH_COUNTS = "its rope changes with the length of a row"
+
+
+def length_counts(model: nn.Module) -> bool:
+    """Whether what a position gives depends on how long its row is, so that padding is not nothing."""
+    return any(type(module).__name__ == "DynamicNTKScalingRoPE" for _, module in model.named_modules())
 
 
 def _language(model: nn.Module) -> Any:
@@ -147,7 +161,7 @@ def _flat(trunk: nn.Module, batch: Batch, stub: Callable[[int, nn.Module], Any])
     def run(tokens: mx.array, caches: Sequence[Any] | None, here: slice) -> Any:
         for one in stubs:
             one.begin(batch.marks[here], None if batch.states is None else batch.states[here])
-        return changed(tokens, cache=caches) if caches else changed(tokens)
+        return changed(tokens, cache=caches)
 
     if batch.segments:
         packed = Packed(batch.segments, _BLOCK if backend.on_cpu() else None)
@@ -184,6 +198,10 @@ class _Ours:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._layer)  # for models that ask what kind a layer is
+
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         if self._states is not None:
             if self._number < self._passage.first:
@@ -205,9 +223,15 @@ class _Ours:
             kept = local.kept if local else []
             hidden = layer(x, *map(put, args), **{name: put(each) for name, each in kwargs.items()})
             kept = local.kept if local else kept
+            if passage.checkpoint and not isinstance(hidden, mx.array):
+                _require_one_array(hidden)
             return hidden, *kept
 
         inputs = cache.inputs() if cache else []
+        if passage.checkpoint:  # what else goes in would lose its gradient
+            _require_one_array(
+                each for each in (*args, *kwargs.values()) if isinstance(each, mx.array) and each.dtype != mx.bool_
+            )
         hidden, *kept = self._checkpointed(compute, x, inputs) if passage.checkpoint else compute(x, inputs)
         if cache:
             cache.kept = list(kept)
@@ -227,6 +251,14 @@ class _Ours:
         return transforms.checkpoint(again)(layer.trainable_parameters(), x, *inputs)
 
 
+def _require_one_array(others: Iterable[object]) -> None:
+    if any(True for _ in others):
+        raise ModelError(
+            "grad_checkpoint: the layers of this model take or give more than one array, so they can't be computed again. "
+            "Set grad_checkpoint: off, and a smaller token_budget if memory is short."
+        )
+
+
 class _Catching:
     """Stands in for a layer and keeps what would go into it."""
 
@@ -238,6 +270,10 @@ class _Catching:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._layer)
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         self._caught.append(x)
