@@ -27,7 +27,7 @@ from mlx_qlora.model.trunk import Passage, can_pack, can_share, length_counts, s
 from mlx_qlora.records import Batch, Example, LossSum
 
 BUDGET = 4096  # positions at once, where nothing says otherwise
-_FEW = 4  # rows that the layouts are compared on
+_FEW = 3  # neighbours among the rows that the layouts are compared on
 # How far the losses of two layouts may be apart; half precision rounds more than that by itself.
 _TOLERANCE = {mx.float32: 1e-4}
 _TOLERANCE_HALF = 1e-2
@@ -51,6 +51,11 @@ class Plan:
             return None
         peak = self.memory.memory.peak
         return min(peak, limit - peak)
+
+    @property
+    def roomy(self) -> bool:
+        """Whether so much less is foreseen than there is, by a forecast that was measured, that nobody need try it."""
+        return backend.on_cpu() and self.memory is not None and self.memory.memory.peak < backend.memory() / 2
 
     @property
     def describe(self) -> str:

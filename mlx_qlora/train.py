@@ -184,7 +184,8 @@ def _prepare(config: RunConfig, console: Console) -> _Ready:
         run_folder.write_atomically(folder / "chat_template.jinja", loaded.tokenizer.chat_template)
 
     updates = corpus.updates(batch, plan.layout, config.epochs)
-    largest = max(lay_out(corpus.longest(batch.examples_per_update), plan.layout), key=lambda one: one.computed, default=None)
+    longest = [] if plan.roomy else corpus.longest(batch.examples_per_update)
+    largest = max(lay_out(longest, plan.layout), key=lambda one: one.computed, default=None)
     engine = Engine(
         model=loaded.model,
         objective=objective,
