@@ -31,6 +31,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/frozen_matmul.py
 	$(BIN)/python benchmarks/prepare_million.py
 	$(BIN)/python benchmarks/memory_7b.py
+	$(BIN)/python benchmarks/kept_states.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .

@@ -128,7 +128,7 @@ class Console:
         ]
         parts += [f"logits {size(need.logits)}"] if need.logits > need.peak / 100 else []
         parts += [f"dequantised weights {size(need.dequantised)}"] if need.dequantised > need.peak / 100 else []
-        self.fact("memory", f"about {size(need.peak)} at most: {', '.join(parts)}; this machine has {machine / 1e9:.0f} GB")
+        self.fact("memory", f"about {size(need.peak)} at most; this machine has {machine / 1e9:.0f} GB", ", ".join(parts))
         if not fit.fits:
             self.say(f"{'':<9} WARNING: that does not fit; mlx-qlora plan says what to change")
 
