@@ -64,7 +64,7 @@ def dense_from(once: Callable[[bool, int], None], rows_to_try: Sequence[int]) ->
 
     A single case in which the kernel wins takes back what cases with fewer rows said.
     """
-    first = NEVER
+    first, dense, quantized = NEVER, 0.0, 0.0
     for rows in rows_to_try:
         dense, quantized = _seconds(partial(once, True, rows)), _seconds(partial(once, False, rows))
         if dense >= quantized:
@@ -73,6 +73,9 @@ def dense_from(once: Callable[[bool, int], None], rows_to_try: Sequence[int]) ->
             first = rows
         if quantized > _CLEAR * dense:
             break
+    if first == NEVER:  # the kernel's time grows with the rows; that of dequantising hardly does
+        untried = (rows for rows in _ROWS if rows > rows_to_try[-1])
+        first = next((rows for rows in untried if quantized * rows / rows_to_try[-1] > _CLEAR * dense), NEVER)
     return first
 
 
