@@ -162,6 +162,10 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "zero batch": (["--batch-size", "0"], ["batch_size: 0 came"]),
     "share above one": (["--validation-share", "1.5"], ["validation_share: 1.5 came", "between 0 and 1"]),
     "option of another optimizer": (["--optimizer-options", "momentum", "0.9"], ["momentum=0.9", "adamw does not take that"]),
+    "no budget": (["--token-budget", "0"], ["token_budget: 0 came"]),
+    "nothing may be kept": (["--trunk-cache-gb", "0"], ["trunk_cache_gb: 0.0 came"]),
+    "memory of no size": (["--memory", "lots"], ["memory: 'lots' came", "12GB"]),
+    "packed and compiled": (["--layout", "packed", "--compile", "on"], ["layout: packed came with compile: on"]),
 }
 
 
