@@ -58,7 +58,7 @@ class Plan:
         return backend.on_cpu() and self.memory is not None and self.memory.memory.peak < backend.memory() / 2
 
     @property
-    def describe(self) -> str:
+    def describe(self) -> list[str]:
         what = {
             Kind.PACKED: "packed: no padding, what examples have in common is computed once",
             Kind.PADDED: "padded to a few lengths, behind the prefix that the data shares",
@@ -66,7 +66,7 @@ class Plan:
         }[self.layout.kind]
         how = ", compiled" if self.compiled else ""
         how += ", layers computed again in the backward" if self.passage.checkpoint else ""
-        return f"{what}; up to {self.layout.token_budget:,} positions at once{how}"
+        return [what, f"up to {self.layout.token_budget:,} positions at once{how}"]
 
 
 def choose(config: RunConfig, model: nn.Module, corpus: Corpus, first: int = 0) -> Plan:
@@ -102,7 +102,7 @@ def _chosen(config: RunConfig, model: nn.Module, foresight: Foresight, shapes: C
     alone = length_counts(model)  # each row by itself, without padding
     kind = Kind.PLAIN if alone else kind
     rows = 1 if alone else config.batch_size if kind is Kind.PLAIN else 1024
-    layout = Layout(kind, config.token_budget or BUDGET, rows=rows, step=1 if alone else 8)
+    layout = Layout(kind, config.token_budget or BUDGET, rows=rows, step=1 if alone else Layout.step)
     if kind is Kind.PADDED:
         layout = replace(layout, shapes=shapes(sharing))
     plan = Plan(layout, Passage(), compiled and kind is not Kind.PACKED, None, tuple(notes))

@@ -10,8 +10,9 @@ import pytest
 from mlx_qlora.data.layout import packed, padded
 from mlx_qlora.data.tree import sorted_by_tokens
 from mlx_qlora.model import lora
+from mlx_qlora.model.head import logits_of
 from mlx_qlora.model.lora import LoraConfig
-from mlx_qlora.model.trunk import CannotShare, Passage, can_pack, logits_at
+from mlx_qlora.model.trunk import CannotShare, Passage, can_pack, hidden_states
 from mlx_qlora.objectives.losses import cross_entropy_and_gradient, cross_entropy_sum, next_token_cross_entropy
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.records import Example
@@ -95,7 +96,9 @@ def test_head_on_supervised_places_equals_full_logits(any_model: nn.Module) -> N
 def test_logits_at_places_are_the_models_own(any_model: nn.Module) -> None:
     batch = padded(make_examples(3))
     whole = any_model(batch.rows).reshape(batch.computed, -1)
-    assert mx.allclose(logits_at(any_model, batch), whole[batch.positions], rtol=1e-5, atol=1e-5)
+    hidden = hidden_states(any_model, batch)[batch.positions]
+    logits = logits_of(any_model, hidden[None])[0]
+    assert mx.allclose(logits, whole[batch.positions], rtol=1e-5, atol=1e-5)
     assert mx.array_equal(any_model(batch.rows).reshape(batch.computed, -1), whole), "the model itself is as it was"
 
 

@@ -24,19 +24,29 @@ Row = dict[str, Any]
 def rows(outcome: Outcome, ground: Field) -> list[Row]:
     """One row a contestant.
 
-    `speedup` is the reference's seconds an update through the contestant's own (above 1: faster), `memory_ratio` the
-    contestant's peak of memory through the reference's (below 1: less). `floor_ratio`, of ours, is its time through that
-    of the bare multiplications. The reference is mlx-lm, or the first other trainer if that is not there, or we.
+    `speedup` is the reference's seconds through the contestant's own (above 1: faster), `memory_ratio` the contestant's
+    peak of memory through the reference's (below 1: less). `floor_ratio`, of ours, is its time through that of the bare
+    multiplications. Times are compared repeat by repeat, because each repeat has updates of its own, the same for
+    everybody; the median of these ratios counts. The reference is mlx-lm, or the first other trainer if that is not
+    there, or we.
     """
     found = [_row(lane, ground) for lane in outcome.lanes]
     reference = _reference(found)
     floor = _row(outcome.floor, ground) if outcome.floor else None
     for row in found:
         row["reference"] = row is reference
-        row["speedup"] = _ratio(reference, row, "seconds_per_update")
+        row["speedup"] = _by_repeat(reference, row)
         row["memory_ratio"] = _ratio(row, reference, "peak_memory_gb")
-        row["floor_ratio"] = _ratio(row, floor, "seconds_per_update") if row["kind"] == "mlx-qlora" else None
+        row["floor_ratio"] = _by_repeat(row, floor) if row["kind"] == "mlx-qlora" else None
     return found + ([floor] if floor else [])
+
+
+def _by_repeat(above: Row | None, below: Row | None) -> float | None:
+    if above is None or below is None or above["failed"] or below["failed"]:
+        return None
+    pairs = zip(above["seconds_per_update_of_each_repeat"], below["seconds_per_update_of_each_repeat"], strict=False)
+    ratios = [a / b for a, b in pairs if b]
+    return statistics.median(ratios) if ratios else None
 
 
 def _row(lane: Lane, ground: Field) -> Row:

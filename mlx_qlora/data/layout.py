@@ -85,7 +85,7 @@ class Layout:
     kind: Kind = Kind.PLAIN
     token_budget: int = 4096
     rows: int = 1024  # at most, in a batch
-    step: int = 8  # plain rows are padded to a multiple of this
+    step: int = _LENGTH_STEP  # plain rows are padded to a multiple of this
     shapes: Shapes = field(default_factory=Shapes)  # for `padded`
 
 

@@ -115,8 +115,8 @@ class Console:
         if kept.problem:
             self.say(f"{'':<9} no more was kept: {kept.problem}")
 
-    def layout(self, what: str, notes: Sequence[str]) -> None:
-        self.fact("layout", what, *notes)
+    def layout(self, what: Sequence[str], notes: Sequence[str]) -> None:
+        self.fact("layout", *what, *notes)
 
     def memory(self, fit: Fit, machine: int) -> None:
         """What a run will need at most, and what there is."""

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_qlora.errors import ModelError
 from mlx_qlora.model import backend, lora, transforms
 from mlx_qlora.model.attention import Packed, Prefixed, Recorder, can_unpack, copied, unpacking
-from mlx_qlora.model.head import TRUNK, LossOf, logits_of, loss_in_chunks
+from mlx_qlora.model.head import TRUNK, LossOf, loss_in_chunks
 from mlx_qlora.records import Batch
 
 _INNER = "language_model"  # models that see and read keep the reading part here
@@ -56,11 +56,6 @@ def summed_loss(
         return loss_of(logits.reshape(-1, logits.shape[-1])[batch.positions], *arrays)[0]
     picked = hidden_states(model, batch, passage)[batch.positions]
     return loss_in_chunks(language, picked, batch.marks[batch.positions], loss_of, arrays, passage.chunk)
-
-
-def logits_at(model: nn.Module, batch: Batch) -> mx.array:
-    """Logits [S, V] at the places of a batch; the head runs at these only."""
-    return logits_of(_language(model), hidden_states(model, batch)[batch.positions][None])[0]
 
 
 def hidden_states(model: nn.Module, batch: Batch, passage: Passage = PLAIN) -> mx.array:
