@@ -32,6 +32,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/prepare_million.py
 	$(BIN)/python benchmarks/memory_7b.py
 	$(BIN)/python benchmarks/kept_states.py
+	$(BIN)/python benchmarks/recorder.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .

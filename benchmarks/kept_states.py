@@ -27,7 +27,7 @@ import mlx_qlora  # noqa: F401  (first: it loads the fast BLAS)
 from mlx_qlora.bench.data import generated
 from mlx_qlora.bench.models import ModelShape, generate
 from mlx_qlora.config import RunConfig
-from mlx_qlora.engine.steps import steps
+from mlx_qlora.engine.steps import nobody, steps
 from mlx_qlora.look.console import Console
 from mlx_qlora.model import backend
 from mlx_qlora.model.load import load_tokenizer
@@ -83,9 +83,9 @@ def lay_field(folder: Path, kind: str, updates: int) -> RunConfig:
 
 
 def begun(config: RunConfig) -> Iterator[StepReport]:
-    ready = _prepare(config, Console(quiet=True))
+    ready = _prepare(config, Console(quiet=True), nobody)
     ready.loaded.model.train()
-    return steps(ready.engine, ready.updates)
+    return (report for report in steps(ready.engine(), ready.updates()) if isinstance(report, StepReport))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ args = parser.parse_args()
 
 
 # The model: 4-bit and frozen. On the CPU float32 is much faster than bf16 and f16.
-model, tokenizer = mlx_lm.load(args.model)
+model, tokenizer = mlx_lm.load(args.model, {"trust_remote_code": False})
 if mx.default_device().type == mx.DeviceType.cpu:
     model.update(tree_map(lambda p: p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
 model.freeze()

@@ -12,7 +12,7 @@ import difflib
 import io
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import partial
@@ -26,14 +26,17 @@ from mlx_qlora.assets import demo_config
 from mlx_qlora.data.layout import BatchConfig, LayoutConfig
 from mlx_qlora.data.render import RenderConfig
 from mlx_qlora.data.sources import SourceConfig
+from mlx_qlora.engine.guard import GuardConfig
 from mlx_qlora.engine.memory import MemoryConfig
 from mlx_qlora.engine.optim import OptimConfig
 from mlx_qlora.engine.steps import StepConfig
 from mlx_qlora.engine.stopping import EarlyStoppingConfig
 from mlx_qlora.errors import ConfigError, all_problems, require
+from mlx_qlora.files import yaml_tree
 from mlx_qlora.model.activations import TrunkCacheConfig
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.matmul import MatmulConfig
+from mlx_qlora.run.checkpoint import CheckpointConfig
 
 Part = TypeVar("Part")
 _BY_VALUE = (tyro.conf.EnumChoicesFromValues,)
@@ -49,6 +52,18 @@ class WholeRun:
     """The folder of the run; made if it is not there."""
     overwrite: bool = False
     """Replace an earlier run in output_dir."""
+    resume: bool = False
+    """Go on with the run in output_dir from its newest whole checkpoint; begin it, if there is none."""
+    resume_anyway: bool = False
+    """Go on although settings of training have changed."""
+    supervise: int = 0
+    """Run as a child process, and start it again up to so many times when it dies or hangs, with smaller batches if memory
+    may be why."""
+    stall_after_s: float | None = None
+    """Seconds without any progress after which all stacks are written down; without a number: many times what an update
+    took."""
+    trace: bool = False
+    """Say when each phase of each update begins and ends, with time and memory, and write trace.json for Perfetto."""
     seed: int = 0
     """For the order of the data, the adapters' start, and dropout."""
     epochs: int = 3
@@ -65,7 +80,7 @@ class WholeRun:
     """Share of a target's probability that is spread over all tokens; in training and validation alike."""
 
     def __post_init__(self) -> None:
-        smoothing, every, most = self.label_smoothing, self.eval_every, self.max_steps
+        smoothing, every, most, stall = self.label_smoothing, self.eval_every, self.max_steps, self.stall_after_s
         require(
             (self.seed >= 0, "seed", self.seed, "a whole number from 0"),
             (self.epochs >= 1, "epochs", self.epochs, "a whole number from 1"),
@@ -74,6 +89,9 @@ class WholeRun:
             (self.score_questions >= 0, "score_questions", self.score_questions, "a whole number from 0"),
             (self.max_answer_tokens >= 1, "max_answer_tokens", self.max_answer_tokens, "a whole number from 1"),
             (0 <= smoothing < 1, "label_smoothing", smoothing, "a number from 0 up to, not including, 1"),
+            (self.supervise >= 0, "supervise", self.supervise, "a whole number from 0"),
+            (stall is None or stall > 0, "stall_after_s", stall, "a number above 0"),
+            (not (self.overwrite and self.resume), "overwrite", True, "false with resume"),
         )
 
 
@@ -83,7 +101,7 @@ class _Computing(TrunkCacheConfig, MatmulConfig, StepConfig, MemoryConfig, Layou
 
 
 @dataclass(frozen=True)
-class RunConfig(_Computing, OptimConfig, BatchConfig, RenderConfig, SourceConfig, WholeRun):
+class RunConfig(_Computing, GuardConfig, CheckpointConfig, OptimConfig, BatchConfig, RenderConfig, SourceConfig, WholeRun):
     """All the settings of a run. The parts' own stand flat in it; adapters and early stopping are groups."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -97,6 +115,8 @@ class RunConfig(_Computing, OptimConfig, BatchConfig, RenderConfig, SourceConfig
                 RenderConfig,
                 BatchConfig,
                 OptimConfig,
+                GuardConfig,
+                CheckpointConfig,
                 LayoutConfig,
                 MemoryConfig,
                 StepConfig,
@@ -123,9 +143,26 @@ class RunConfig(_Computing, OptimConfig, BatchConfig, RenderConfig, SourceConfig
                 "Give them here or in a file (--config run.yaml). To see a whole run first: mlx-qlora train --demo"
             )
 
+    def plain(self) -> dict[str, Any]:
+        """Every value, in the kinds that YAML and JSON know."""
+        values: dict[str, Any] = _plain(asdict(self))
+        return values
+
     def to_yaml(self) -> str:
         """Every value, as `--config` reads it."""
-        return yaml.safe_dump(_plain(asdict(self)), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a configuration by dotted names.
+
+    >>> flat({"seed": 0, "lora": {"rank": 8}})
+    {'seed': 0, 'lora.rank': 8}
+    """
+    whole: dict[str, Any] = {}
+    for name, value in values.items():
+        whole |= {f"{name}.{key}": each for key, each in value.items()} if name in _GROUPS else {name: value}
+    return whole
 
 
 def _plain(value: Any) -> Any:
@@ -154,19 +191,31 @@ class _CommandLine(RunConfig):
 class _Files:
     config: str | None = None
     demo: bool = False
+    output_dir: str = ""
+    resume: bool = False
 
 
 def parse(arguments: Sequence[str], prog: str = "mlx-qlora train") -> RunConfig:
-    """The settings from a command line. `--help` and wrong flags end the process as in any program (0 and 2)."""
+    """The settings from a command line. `--help` and wrong flags end the process as in any program (0 and 2).
+
+    A run that goes on has its own settings, but for what the command line says.
+    """
     files, _ = tyro.cli(_Files, args=arguments, return_unknown_args=True, add_help=False)
-    config = RunConfig()
+    config = _from_files(files, RunConfig())
+    kept = Path(files.output_dir or config.output_dir).expanduser() / "config.yaml"
+    if files.resume and (files.output_dir or config.output_dir) and kept.is_file():
+        config = _from_files(files, from_yaml(kept, RunConfig()))
+    default = _CommandLine(**_own_values(config))
+    line = tyro.cli(_CommandLine, prog=prog, args=arguments, default=default, config=_BY_VALUE)
+    return RunConfig(**_own_values(line))
+
+
+def _from_files(files: _Files, config: RunConfig) -> RunConfig:
     if files.demo:
         config = from_yaml(demo_config(), config)
     if files.config is not None:
         config = from_yaml(Path(files.config).expanduser(), config)
-    default = _CommandLine(**_own_values(config))
-    line = tyro.cli(_CommandLine, prog=prog, args=arguments, default=default, config=_BY_VALUE)
-    return RunConfig(**_own_values(line))
+    return config
 
 
 def from_yaml(path: Path, base: RunConfig) -> RunConfig:
@@ -201,16 +250,7 @@ def from_yaml(path: Path, base: RunConfig) -> RunConfig:
 
 def _settings(path: Path) -> Iterator[tuple[str, yaml.Node]]:
     """(dotted key, node) of every setting in a file."""
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise ConfigError(f"config: {path} can't be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config: {path} is not UTF-8 text.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}.") from error
+    root = yaml_tree(path)
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
@@ -220,7 +260,7 @@ def _settings(path: Path) -> Iterator[tuple[str, yaml.Node]]:
 
 def _entries(mapping: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, yaml.Node]]:
     for name, node in mapping.value:
-        key = f"{prefix}{getattr(name, 'value', '?')}"
+        key = f"{prefix}{name.value if isinstance(name, yaml.ScalarNode) else '?'}"
         if isinstance(node, yaml.MappingNode) and key in _GROUPS:
             yield from _entries(node, key + ".")
         else:

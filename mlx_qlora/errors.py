@@ -29,9 +29,19 @@ class RunFolderError(MlxQloraError, FileExistsError):
 
 
 class NonFiniteError(MlxQloraError, ArithmeticError):
-    """Too many updates in a row had a loss or a gradient that is not a number."""
+    """Too many updates had a loss or a gradient that is not a number."""
 
     exit_code = 3
+
+
+class OutOfMemoryError(MlxQloraError, MemoryError):
+    """Memory ended, and there is nothing left that could be made smaller."""
+
+    exit_code = 3
+
+
+class ResumeError(MlxQloraError, ValueError):
+    """A run can't go on as it is asked to."""
 
 
 def listed(problems: Sequence[str], most: int = 20) -> str:

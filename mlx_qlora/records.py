@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -83,11 +83,19 @@ class Update:
 
     batches: tuple[Batch, ...]
     epoch: float  # how far the run will be after it
-    ids: tuple[str, ...]
+    examples: tuple[Example, ...]  # what the batches were made of
     tokens: int
     supervised_tokens: int
-    positions: int  # that go through the model: less than the tokens where examples share them, more with padding
     next: Bookmark  # where the update after it begins
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(example.id for example in self.examples)
+
+    @property
+    def positions(self) -> int:
+        """That go through the model: less than the tokens where examples share them, more with padding."""
+        return sum(batch.computed for batch in self.batches)
 
 
 class LossSum(NamedTuple):
@@ -96,6 +104,37 @@ class LossSum(NamedTuple):
     total: mx.array
     weight: mx.array
     metrics: dict[str, mx.array] = {}  # noqa: RUF012  (sums too, divided by the same weight; read, never written)
+    hidden: tuple[mx.array, ...] = ()  # what the head was given, where that is known: there when the forward pass is done
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where training stands after an update: with the arrays of model and optimizer, all that it needs to go on."""
+
+    step: int = 0  # updates that were made
+    next: Bookmark = START  # where the data goes on
+    skipped_updates: int = 0
+    elapsed_s: float = 0.0
+    halvings: int = 0  # how often the batches were halved because memory had ended
+
+
+BEGIN = TrainState()
+
+
+class Window(NamedTuple):
+    """What is accumulated of an update that is half done."""
+
+    done: int  # its first batches, which are in the sums
+    parts: int  # batches that it has
+    gradients: Any  # a tree of sums
+    loss: LossSum  # of the batches that are done
+
+
+class Halfway(NamedTuple):
+    """A fact between the batches of an update, for whoever asked for one: `state` is before the update."""
+
+    state: TrainState
+    window: Window
 
 
 @dataclass(frozen=True)
@@ -114,6 +153,9 @@ class StepReport:
     peak_memory_gb: float
     elapsed_s: float
     skipped_updates: int  # so far in this run
+    finite: bool  # whether it was applied; else nothing was changed
+    state: TrainState = field(repr=False)
+    update: Update = field(repr=False)
     metrics: dict[str, float] = field(default_factory=dict)
 
 

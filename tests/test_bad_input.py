@@ -130,7 +130,7 @@ def test_a_wrong_file_or_folder(name: str, place: Path, capsys: pytest.CaptureFi
 
 def test_a_broken_config_json(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for content, piece in (
-        ("{", "not the configuration"),
+        ("{", "config.json: not JSON"),
         ('{"a": 1}', "no model_type"),
         ('{"model_type": "x"}', "x not supported"),
     ):

@@ -13,12 +13,14 @@ PACKAGE = Path(mlx_qlora.__file__).parent
 ROOMS = {"data", "model", "engine", "run"}
 # From the ground up: a part may import from its own floor or a lower one, and the four rooms never from each other.
 FLOORS = [
-    {"records", "errors", "assets"},
+    {"records", "errors", "findings", "files", "assets"},
     ROOMS,
     {"objectives", "look"},
     {"config"},
     {"foresee"},
     {"plan"},
+    {"resume"},
+    {"keep"},
     {"train"},
     {"bench"},
     {"commands", "__main__"},

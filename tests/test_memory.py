@@ -217,7 +217,7 @@ def test_memory_is_flat_over_a_long_run(kind: Kind) -> None:
     def updates() -> Iterator[Update]:
         for number in range(UPDATES):
             batches = lay_out(pool[number % 2 :: 2], layout)
-            yield Update(batches, float(number), (), 1, 1, 1, START)
+            yield Update(batches, float(number), (), 1, 1, START)
 
     config = OptimConfig(learning_rate=1e-3)
     engine = Engine(model, sft(), make_optimizer(config, UPDATES), config, lora.dropout_keys)

@@ -23,6 +23,7 @@ from mlx_qlora.assets import embedded_data, embedded_model
 from mlx_qlora.config import from_yaml
 from mlx_qlora.engine.stopping import EarlyStoppingConfig
 from mlx_qlora.errors import NonFiniteError, RunFolderError
+from mlx_qlora.run.checkpoint import newest
 from mlx_qlora.run.metrics import COLUMNS, read_metrics
 
 CLI = [sys.executable, "-m", "mlx_qlora"]
@@ -62,8 +63,9 @@ def test_a_run_leaves_what_the_readme_says(config: RunConfig, capsys: pytest.Cap
     result = train(replace(config, score_questions=2, max_answer_tokens=8))
     folder = Path(config.output_dir)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "adapters", "answers.jsonl", "config.yaml", "data_account.json", "training_metrics.csv", "training_metrics.json",
-        "training_metrics.jsonl", "training_summary.json",
+        "adapters", "answers.jsonl", "checkpoint_epoch1_step4", "checkpoint_epoch2_step6", "config.yaml", "data_account.json",
+        "flight_recorder.bin", "training_metrics.csv", "training_metrics.json", "training_metrics.jsonl",
+        "training_state.json", "training_summary.json",
     ]  # fmt: skip
     assert sorted(path.name for path in (folder / "adapters").iterdir()) == ["adapter_config.json", "adapters.safetensors"]
 
@@ -245,7 +247,11 @@ def test_a_signal_ends_the_run_after_its_update_with_exit_code_130(config: RunCo
     summary = json.loads((Path(config.output_dir) / "training_summary.json").read_text())
     assert summary["ended"] == "interrupted"
     lines = read_metrics(Path(config.output_dir))
-    assert lines[-1]["step"] == summary["steps"] == summary["best"]["step"], "what there was is validated and kept"
+    assert lines[-1]["step"] == summary["steps"]
+    assert f"mlx-qlora train --output-dir {config.output_dir} --resume" in out
+    found, problems = newest(Path(config.output_dir))
+    assert found is not None
+    assert (found.state["state"]["step"], problems) == (summary["steps"], [])
     assert (Path(config.output_dir) / "adapters" / "adapters.safetensors").exists()
 
 

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_qlora.bench.settings import Spec
 from mlx_qlora.bench.turns import Turns, Work
 from mlx_qlora.model import backend, lora
+from mlx_qlora.model.trust import NO_CODE
 
 _READS_THE_BLOCK = ("q_proj", "k_proj", "v_proj", "qkv_proj")  # what comes first in a block
 
@@ -150,7 +151,7 @@ class Multiplications:
 def race(spec: Spec, turns: Turns) -> None:
     import mlx_lm
 
-    model = mlx_lm.load(spec.model, lazy=True)[0]
+    model = mlx_lm.load(spec.model, NO_CODE, lazy=True)[0]
     backend.reuse_memory()
     products = Multiplications(sizes_of(model, spec.layers), spec.rank)
     del model

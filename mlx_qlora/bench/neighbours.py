@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_qlora.bench.settings import Spec
 from mlx_qlora.bench.turns import Finished, Turns
 from mlx_qlora.model import backend, frozen
+from mlx_qlora.model.trust import NO_CODE
 
 _NEVER = 1_000_000_000  # steps
 
@@ -75,7 +76,7 @@ def _begin(spec: Spec) -> tuple[nn.Module, Any]:
     import mlx_lm
     from mlx_lm.tuner.utils import load_adapters
 
-    model, tokenizer = mlx_lm.load(spec.model)[:2]
+    model, tokenizer = mlx_lm.load(spec.model, NO_CODE)[:2]
     if spec.same_kernels:
         backend.reuse_memory()
         frozen.install(model)

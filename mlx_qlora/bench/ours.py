@@ -19,12 +19,12 @@ from mlx_qlora.bench.settings import Spec, with_overrides
 from mlx_qlora.bench.turns import Finished, Turns, Work
 from mlx_qlora.config import RunConfig
 from mlx_qlora.data.order import groups
-from mlx_qlora.engine.steps import steps
+from mlx_qlora.engine.steps import nobody, steps
 from mlx_qlora.look.console import Console
 from mlx_qlora.model import lora
 from mlx_qlora.model.load import load, wired_memory
 from mlx_qlora.model.lora import LoraConfig
-from mlx_qlora.records import Batch, Example, Update, depth
+from mlx_qlora.records import Batch, Example, StepReport, Update, depth
 from mlx_qlora.run import folder as run_folder
 from mlx_qlora.train import _prepare
 
@@ -55,14 +55,15 @@ def lora_config(spec: Spec) -> LoraConfig:
 
 def race(spec: Spec, turns: Turns) -> None:
     """The loop of `mlx_qlora.train.run`, without its validations."""
-    ready = _prepare(run_config(spec), Console(quiet=True))
+    ready = _prepare(run_config(spec), Console(quiet=True), nobody)
     model = ready.loaded.model
     coming: deque[Update] = deque()  # the engine is an update ahead
     model.train()
     try:
         with wired_memory(model):
             turns.ready()
-            for report in steps(ready.engine, _watched(ready.updates, coming)):
+            for report in steps(ready.engine(), _watched(ready.updates(), coming)):
+                assert isinstance(report, StepReport), "nobody asked for anything else"
                 turns.done(
                     loss=report.loss,
                     supervised=report.supervised_tokens,

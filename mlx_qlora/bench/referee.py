@@ -39,5 +39,5 @@ def judge(spec: Spec, turns: Turns) -> None:
             if other := set(arrays) ^ names:
                 turns.done(loss=None, problem=f"its adapters are not on the same layers as ours: {sorted(other)[0]}")
                 continue
-            loaded.model.load_weights(list(arrays.items()), strict=False)
+            lora.load(loaded.model, arrays, folder)
             turns.done(loss=mean_loss(loaded.model, sft(), batches))

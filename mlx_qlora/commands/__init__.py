@@ -13,6 +13,7 @@ VERBS = {
     "train": ("mlx_qlora.train", "fine-tune a model; --demo shows a whole run on the embedded model and data"),
     "plan": ("mlx_qlora.commands.plan", "before training: the work, the layout, the memory, and what to change"),
     "data": ("mlx_qlora.commands.data", "show what a data set would train, what is lost, what comes twice"),
+    "doctor": ("mlx_qlora.commands.doctor", "check this machine and a model, or explain how a run died"),
     "bench": ("mlx_qlora.commands.bench", "race against mlx-lm and others on the same work: speed, memory, loss"),
 }
 
@@ -20,7 +21,7 @@ VERBS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     verb, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in VERBS:
-        if problem := missing_mlx():
+        if verb != "doctor" and (problem := missing_mlx()):
             print(f"mlx-qlora: {problem}", file=sys.stderr)
             return 2
         try:

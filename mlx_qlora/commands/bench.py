@@ -23,7 +23,7 @@ from mlx_qlora.errors import ConfigError
 from mlx_qlora.look.console import answered
 from mlx_qlora.model.load import _folder as find_folder
 from mlx_qlora.model.load import load_tokenizer
-from mlx_qlora.run.folder import write_json
+from mlx_qlora.run.disk import write_json
 
 
 @dataclass(frozen=True)

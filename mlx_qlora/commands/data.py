@@ -19,7 +19,7 @@ from mlx_qlora.errors import ConfigError, require
 from mlx_qlora.look.account import page, shown
 from mlx_qlora.look.console import Console, answered
 from mlx_qlora.model.load import load_tokenizer
-from mlx_qlora.run.folder import write_atomically, write_json
+from mlx_qlora.run.disk import write_atomically, write_json
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from mlx_qlora.look.console import Console, answered, size
 from mlx_qlora.model import backend, lora
 from mlx_qlora.model.load import load_tokenizer, outline
 from mlx_qlora.plan import Change, Plan, alternatives, choose, choose_without_data, longest_of
-from mlx_qlora.run.folder import write_json
+from mlx_qlora.run.disk import write_json
 
 
 @dataclass(frozen=True)

@@ -111,17 +111,15 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class ChatRenderer:
     """Conversations -> pieces, by the tokenizer's own template, in transformers' sandbox."""
 
-    def __init__(self, tokenizer: Tokenizer, train_on: TrainOn):
+    def __init__(self, tokenizer: Tokenizer, train_on: TrainOn, template: str = "the model's own"):
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.specials = Specials(tokenizer)
-        self._template = Template(tokenizer)
+        self._template = Template(tokenizer, template)
         self._steady: dict[tuple[str, ...], int] = {}  # by roles: how often an earlier answer stood as it does at the end
         self._closing: tuple[str, str] | None = None
         self._eos: str = getattr(tokenizer, "eos_token", None) or ""
-        self._marks = isinstance(template := getattr(tokenizer, "chat_template", None), str) and bool(
-            _GENERATION.search(template)
-        )
+        self._marks = isinstance(own := getattr(tokenizer, "chat_template", None), str) and bool(_GENERATION.search(own))
 
     def render(self, talk: Talk, *, ask: bool = False) -> str:
         """The text of a conversation; `ask` adds what leads the model to answer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -47,6 +48,18 @@ class Corpus:
     @property
     def order(self) -> Order:
         return Order(self.sizes, self.config.data_weights if len(self.sizes) > 1 else (), self.seed)
+
+    def digest(self) -> str:
+        """What is trained on and in which order, in few letters; of a stream, what its files are called and how large they
+        are."""
+        told = hashlib.blake2b(repr((self.seed, self.sizes, self.order.weights)).encode(), digest_size=8)
+        for split in ("train", "valid"):
+            if split in self.sets:
+                told.update(split.encode() + np.ascontiguousarray(self.sets[split].sums).tobytes())
+        if self.train is None:
+            files = [(file.name, file.fingerprint().get("size")) for one in self.sources for file in one.files["train"]]
+            told.update(repr((files, self.render, self.config.shuffle_buffer, self.config.data_weights)).encode())
+        return told.hexdigest()
 
     def updates(self, config: BatchConfig, layout: Layout, epochs: int, start: Bookmark = START) -> Iterator[Update]:
         if self.train is None:

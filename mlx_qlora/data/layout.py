@@ -9,7 +9,7 @@ start is there once. Shapes differ from batch to batch, which costs nothing wher
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import pairwise
 from typing import Any, Literal
@@ -105,6 +105,11 @@ def lay_out(examples: Sequence[Example], layout: Layout) -> tuple[Batch, ...]:
         padded(part, round_up(max(len(each.tokens) for each in part) - 1, layout.step))
         for part in _plain_parts(ordered, layout)
     )
+
+
+def smaller(layout: Layout, halvings: int) -> Layout:
+    """The layout with batches of half as many positions, so many times over."""
+    return replace(layout, token_budget=max(1, layout.token_budget >> halvings))
 
 
 def packed(examples: Sequence[Example]) -> Batch:
@@ -234,13 +239,11 @@ def streamed_updates(examples: Iterator[tuple[Example, Bookmark]], config: Batch
 
 
 def _update(chosen: Sequence[Example], layout: Layout, epoch: float, following: Bookmark) -> Update:
-    batches = lay_out(chosen, layout)
     return Update(
-        batches=batches,
+        batches=lay_out(chosen, layout),
         epoch=epoch,
-        ids=tuple(example.id for example in chosen),
+        examples=tuple(chosen),
         tokens=sum(len(example.tokens) for example in chosen),
         supervised_tokens=sum(int(np.count_nonzero(example.weights)) for example in chosen),
-        positions=sum(batch.computed for batch in batches),
         next=following,
     )

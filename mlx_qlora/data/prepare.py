@@ -1,5 +1,8 @@
 """Examples are made once and kept: memory-mapped tokens and weights with an index, beside the data.
 
+It is read only if it belongs to whoever runs this, to the owner of the data, or to root: others could have written into
+it what is not in the data. Nothing in it names a file.
+
 A prepared folder is found by what went into it other than the content (names of files, settings, tokenizer, template,
 this code), and is taken only if the content is the same: by size, time and inode of each file, as git does, and where these
 differ by a digest. It is written aside and renamed; one that is not whole is made again. Each example carries a
@@ -8,12 +11,12 @@ checksum that is looked at whenever it is read.
 
 from __future__ import annotations
 
-import errno
 import glob
 import hashlib
 import json
 import os
 import shutil
+import stat
 import struct
 import tempfile
 import time
@@ -21,7 +24,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +35,7 @@ from mlx_qlora.data.order import shuffled
 from mlx_qlora.data.render import Account, Refusals, RenderConfig, Renderer, refused, too_long
 from mlx_qlora.data.sources import DiskFile, File, Source, SourceConfig, read
 from mlx_qlora.errors import DataError
+from mlx_qlora.files import small_text
 from mlx_qlora.records import Example
 
 _FOLDER = ".mlx_qlora"
@@ -45,6 +49,7 @@ _INDEX = np.dtype(
 _PACK = struct.Struct("<QQQQQIIIIII").pack
 _SPAN = np.dtype([("begin", "<u4"), ("end", "<u4"), ("weight", "<f4")])
 _STALE_S = 3600.0
+_MOST_MANIFEST = 2**26
 _PACK_SPAN = struct.Struct("<IIf").pack
 _FILES = ("tokens.bin", "spans.bin", "index.bin")
 MOST_SPLIT_OFF = 2000  # rows for validation, however many there are
@@ -94,6 +99,18 @@ class Prepared:
         return Example(self._id(at), tokens.astype(np.int32), weights)
 
     @property
+    def is_sound(self) -> bool:
+        """Whether names, account and index fit each other: checksums hold for what somebody wrote by hand, too."""
+        names, account = self._names, self.account
+        return (
+            isinstance(names, list)
+            and all(isinstance(name, str) for name in (*names, *account.refused))
+            and all(type(getattr(account, each.name)) is int for each in fields(Account) if each.type == "int")
+            and account.examples == len(self)
+            and int(self._index["name"].max(initial=0)) < max(len(names), 1)
+        )
+
+    @property
     def lengths(self) -> NDArray[np.integer[Any]]:
         return self._index["length"]
 
@@ -110,6 +127,11 @@ class Prepared:
     def prompts(self) -> NDArray[np.uint64]:
         """Of each example's tokens before the first that is trained; 0 where these say nothing."""
         return self._index["prompt"]
+
+    @property
+    def sums(self) -> NDArray[np.uint32]:
+        """A checksum of each example: its tokens, its weights, where it comes from."""
+        return self._index["crc"]
 
     def id(self, number: int) -> str:
         return self._id(self._index[number])
@@ -141,6 +163,10 @@ class Chosen:
     @property
     def prompts(self) -> NDArray[np.uint64]:
         return self._whole.prompts[self._numbers]
+
+    @property
+    def sums(self) -> NDArray[np.uint32]:
+        return self._whole.sums[self._numbers]
 
     def id(self, number: int) -> str:
         return self._whole.id(int(self._numbers[number]))
@@ -174,6 +200,10 @@ class Joined:
     @property
     def prompts(self) -> NDArray[np.uint64]:
         return np.concatenate([each.prompts for each in self._sets])
+
+    @property
+    def sums(self) -> NDArray[np.uint32]:
+        return np.concatenate([each.sums for each in self._sets])
 
     def id(self, number: int) -> str:
         own, within = self._place(number)
@@ -265,7 +295,7 @@ class Preparation:
     def _folder(self, source: Source, files: Sequence[File]) -> Path | None:
         if self.keep == "off" or (source.beside is None and not self.keep and all(isinstance(f, DiskFile) for f in files)):
             return None
-        kept = _FOLDER in os.listdir(source.beside) if source.beside is not None else False
+        kept = source.beside is not None and os.path.lexists(source.beside / _FOLDER)
         beside = not self.keep and source.beside is not None and (kept or os.access(source.beside, os.W_OK))
         first = Path(files[0].name).name.split(".")[0]
         name = f"{first}-{_digest(' '.join(file.name for file in files).encode())[:4]}-{self._key(files, not beside)}"
@@ -288,10 +318,12 @@ class Preparation:
     def _open(self, folder: Path, files: Sequence[File]) -> Prepared | None:
         """What lies in the folder, if it is whole and of this content."""
         try:
+            if not _is_own(folder, files):
+                return None
             manifest = _read_manifest(folder)
             renewed = False
-            for name, kept in manifest["files"].items():
-                found = (folder / name).stat()
+            for name in _FILES:
+                kept, found = manifest["files"][name], (folder / name).stat()
                 if found.st_size != kept["size"]:
                     return None
                 if found.st_mtime_ns != kept["time_ns"]:  # copied, or written to
@@ -304,13 +336,15 @@ class Preparation:
                     return None
                 manifest["from"], renewed = now, True
             made = Prepared(folder, manifest)
+            if not made.is_sound:
+                return None
             with suppress(OSError):  # a folder that may only be read serves all the same
                 if renewed:
                     _write_manifest(folder, manifest)
                 os.utime(folder)
             return made
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+            return None  # whatever is wrong with it: it is made anew
 
     def _make(self, folder: Path | None, files: Sequence[File], judged: bool) -> Prepared:
         try:
@@ -328,7 +362,7 @@ class Preparation:
             made = Prepared(aside, manifest, passing=folder is None)  # what is mapped stays, whatever others do
             if folder is None:
                 return made
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             aside.rename(folder)
             made.folder = folder
         except BaseException as error:
@@ -340,7 +374,7 @@ class Preparation:
             # Another process may have made the same at the same time.
             if isinstance(error, OSError) and (found := self._open(folder, files)) is not None:
                 return found
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            if isinstance(error, OSError):  # what is wrong with the data is a DataError
                 raise _cant_keep(folder, error) from error
             raise
         _forget_old(folder)
@@ -456,9 +490,12 @@ def _content_digest(files: Sequence[File]) -> str:
     whole = hashlib.sha256()
     for file in files:
         if isinstance(file, DiskFile):
-            with file.path.open("rb") as raw:
-                while block := raw.read(2**20):
-                    whole.update(block)
+            try:
+                with file.path.open("rb") as raw:
+                    while block := raw.read(2**20):
+                        whole.update(block)
+            except OSError as error:
+                raise DataError(f"{file.path}: can't be read: {error.strerror}.") from error
         else:
             whole.update(json.dumps(file.fingerprint()).encode())
         whole.update(b"\0")
@@ -498,11 +535,29 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    crc, _, text = (folder / "manifest").read_text(encoding="utf-8").partition("\n")
+    crc, _, text = small_text(folder / "manifest", _MOST_MANIFEST).partition("\n")
     if zlib.crc32(text.encode()) != int(crc):
         raise ValueError("damaged")
     manifest: dict[str, Any] = json.loads(text)
+    if manifest["token_type"] not in ("<u2", "<u4"):
+        raise ValueError("not of this kind")
     return manifest
+
+
+def _is_own(folder: Path, files: Sequence[File]) -> bool:
+    """Whether nobody but who may write the data, or runs this, made the folder and its files, and these are files."""
+    trusted = {os.geteuid(), 0} | {file.path.stat().st_uid for file in files if isinstance(file, DiskFile)}
+    inside = [(folder / name).lstat() for name in ("manifest", *_FILES)]
+    return all(stat.S_ISREG(one.st_mode) for one in inside) and {one.st_uid for one in (folder.lstat(), *inside)} <= trusted
+
+
+def _remove(path: Path) -> None:
+    """Take away what lies under a name. What a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(FileNotFoundError):
+            path.unlink()
 
 
 def _cant_keep(folder: Path, error: OSError) -> DataError:
@@ -514,11 +569,25 @@ def _forget_old(made: Path) -> None:
     """Of the folders made of the same files keep those used last; what a killed preparation left an hour ago goes, too."""
     folder, same = made.parent, made.name.rpartition("-")[0]
     for left in folder.glob(".writing-*"):
-        if time.time() - max((file.stat().st_mtime for file in left.iterdir()), default=left.stat().st_mtime) > _STALE_S:
+        if time.time() - max(map(_time_of, (left, *_inside(left)))) > _STALE_S:
             shutil.rmtree(left, ignore_errors=True)
-    others = [child for child in folder.glob(f"{glob.escape(same)}-????????????????") if child != made]
-    for old in sorted(others, key=lambda child: child.stat().st_mtime)[: -_KEPT + 1]:
+    others = [child for child in folder.glob(f"{glob.escape(same)}-{'[0-9a-f]' * 16}") if child != made]
+    for old in sorted(others, key=_time_of)[: -_KEPT + 1]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:  # it is a file, or somebody's
+        return []
+
+
+def _time_of(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except OSError:  # it went away
+        return time.time()
 
 
 def _where(files: Sequence[File]) -> str:

@@ -145,7 +145,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.config = config
         self._source = source
-        self._chat = ChatRenderer(tokenizer, config.train_on)
+        self._chat = ChatRenderer(tokenizer, config.train_on, self.template)
         self._encoder = Encoder(tokenizer, self._chat.specials)
         # Prompt and completion for a base model follow each other as they stand; for a chat model they are a chat.
         self._pairs_are_chats = self.had_template or bool(config.chat_template)

@@ -10,6 +10,7 @@ import csv
 import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -23,6 +24,7 @@ from mlx_qlora.assets import EMBEDDED, embedded_data
 from mlx_qlora.errors import DataError, require
 
 _MAX_LINE = 16 * 2**20  # bytes; a longer line is no training row, and must not fill the memory
+_MAX_LIST = 2**30  # bytes of a JSON list, which is held in memory whole; and what is read to find the end of a line
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev", "eval"), "test": ("test",)}
 SPLITS = tuple(_SPLITS)
@@ -131,7 +133,11 @@ def find(config: SourceConfig) -> tuple[Source, ...]:
     """The sources of a run; no file is opened yet."""
     if not config.sources:
         raise DataError(f"data: nothing came; name {_EXPECTED}.")
-    return _told_apart([_source(name) for name in config.sources])
+    found = _told_apart([_source(name) for name in config.sources])
+    for name in (file.name for source in found for files in source.files.values() for file in files):
+        if not name.isascii() and name != name.encode(errors="replace").decode():
+            raise DataError(f"{name!a}: the name of this file is not UTF-8, so no message could say it; rename it.")
+    return found
 
 
 def _told_apart(sources: list[Source]) -> tuple[Source, ...]:
@@ -152,12 +158,19 @@ def _source(name: str) -> Source:
     if name.startswith("hub:"):
         return _on_hub(name.removeprefix("hub:"))
     path = Path(name).expanduser()
-    if path.is_dir():
-        return Source(name, _in_folder(path), path)
-    if path.exists():
-        return Source(name, {"train": (DiskFile(path, path.name),)}, path.parent)
+    try:
+        if path.is_dir():
+            return Source(name, _in_folder(path), path)
+        if path.is_file():
+            return Source(name, {"train": (DiskFile(path, path.name),)}, path.parent)
+        if path.exists():
+            raise DataError(f"{path}: this is a pipe or a device; name {_EXPECTED}.")
+        if path.is_symlink():
+            raise DataError(f"{path}: this link leads to {os.readlink(path)}, where nothing is.")
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: can't be read: {error.strerror}.") from error
     if glob.has_magic(name):
-        found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True)) if not Path(each).is_dir()]
+        found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True)) if Path(each).is_file()]
         if not found:
             raise DataError(f"{name}: no file is like this pattern.")
         return Source(name, {"train": _named(found)}, found[0].parent)
@@ -202,7 +215,10 @@ class DiskFile:
     name: str
 
     def fingerprint(self) -> dict[str, Any]:
-        found = self.path.stat()
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            raise DataError(f"{self.path}: can't be read: {error.strerror}.") from error
         return {"path": str(self.path.resolve()), "size": found.st_size, "time_ns": found.st_mtime_ns, "inode": found.st_ino}
 
     def _open(self) -> IO[bytes]:
@@ -276,7 +292,8 @@ def _lines(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
         if len(line) > _MAX_LINE:
             size = len(line)
             while not line.endswith(b"\n") and (line := file.readline(_MAX_LINE)):
-                size += len(line)
+                if (size := size + len(line)) > _MAX_LIST:  # a small gzip file can hold more than a day can read
+                    raise DataError(f"{id}: a line of more than {_MAX_LIST >> 20:,} MB; one JSON object a line is expected.")
             yield BadRow(id, f"a line of {size / 2**20:.0f} MB came; up to {_MAX_LINE // 2**20} MB are expected. Split it.")
         elif line.strip():
             yield _parsed(line, id, ended=line.endswith(b"\n"))
@@ -299,7 +316,9 @@ def _parsed(line: bytes, id: str, *, ended: bool) -> Row | BadRow:
 
 def _array(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
     """A JSON file that is one list. It is held in memory whole; JSONL is not."""
-    raw = file.read()
+    raw = file.read(_MAX_LIST + 1)
+    if len(raw) > _MAX_LIST:
+        raise DataError(f"{name}: a list of more than {_MAX_LIST >> 20:,} MB came; write it as .jsonl, one object a line.")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -315,6 +334,7 @@ def _array(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
         if text[place : place + 1] in ("]", ""):
             reason = "" if text[place:].startswith("]") else "the list has no end; was the file written to its end?"
             break
+        begin = place
         try:
             value, place = _JSON.raw_decode(text, place)
         except _Twice as error:
@@ -323,33 +343,41 @@ def _array(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
         except (ValueError, RecursionError) as error:
             reason = f"not JSON: {error or 'nested too deeply'}; a list of objects is expected. What follows is not read."
             break
-        found.append((line, value))
+        found.append((line, value if place - begin <= _MAX_LINE else _TOO_LARGE))
     # Rows that begin in lines of their own are named by these, else by their place in the list.
     by_line = all(a < b for (a, _), (b, _) in pairwise(found))
     for number, (own, value) in enumerate(found, start=1):
         id = f"{name}:{own if by_line else number}"
         if isinstance(value, dict):
             yield Row(id, value)
+        elif value is _TOO_LARGE:
+            yield BadRow(id, f"more than {_MAX_LINE >> 20} MB came, less is expected. Split it.")
         else:
             yield BadRow(id, f'{_kind(value)} came, an object such as {{"messages": [...]}} is expected.')
     if reason:
         yield BadRow(f"{name}:{line}", reason)
 
 
+_TOO_LARGE = object()
+
+
 def _csv(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
     """A table whose first line names the columns; its separator is what stands most often in that line."""
-    head = file.readline().decode("utf-8", "replace")
+    head = file.readline(_MAX_LINE).decode("utf-8", "replace")
     file.seek(0)
     delimiter = max(",;\t|", key=head.count)
     csv.field_size_limit(max(csv.field_size_limit(), _MAX_LINE))
     wrong: list[BadRow] = []
 
+    size = 0  # of the row that is being read, which can have many lines
+
     def decoded() -> Iterator[str]:
+        nonlocal size
         number = 0
         while line := file.readline(_MAX_LINE + 1):
             number += 1
-            if len(line) > _MAX_LINE:
-                raise DataError(f"{name}:{number}: a line of more than {_MAX_LINE // 2**20} MB; is a quotation mark missing?")
+            if (size := size + len(line)) > _MAX_LINE:
+                raise DataError(f"{name}:{number}: a row of more than {_MAX_LINE // 2**20} MB; is a quotation mark missing?")
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -362,6 +390,7 @@ def _csv(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
     columns: list[str] = []
     while True:
         id = f"{name}:{reader.line_num + 1}"
+        size = 0
         try:
             fields = next(reader, None)
         except csv.Error as error:
@@ -391,11 +420,25 @@ def _parquet(path: Path, name: str) -> Iterator[Row | BadRow]:
         with parquet.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches(batch_size=256):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{name}:{number}", _without_nulls(value))
-    except pyarrow.ArrowException as error:
+                # Arrow cuts a batch where a column of it would have 2 GB. As Python's objects its rows have more, all the
+                # more where many are one entry of a dictionary; so large ones are taken one by one.
+                alone = batch.nbytes > 2**20
+                for part in [batch.slice(place, 1) for place in range(len(batch))] if alone else [batch]:
+                    for value in part.to_pylist():
+                        number += 1
+                        if alone and (size := _letters(value)) > _MAX_LINE:
+                            reason = f"a row of {size >> 20} MB came; up to {_MAX_LINE >> 20} MB are expected. Split it."
+                            yield BadRow(f"{name}:{number}", reason)
+                        else:
+                            yield Row(f"{name}:{number}", _without_nulls(value))
+    except (pyarrow.ArrowException, pyarrow.ArrowMemoryError) as error:
         raise DataError(f"{path}: can't be read as Parquet: {str(error).splitlines()[0]}") from error
+
+
+def _letters(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(map(_letters, value.values()))
+    return sum(map(_letters, value)) if isinstance(value, list) else len(value) if isinstance(value, str | bytes) else 8
 
 
 def _without_nulls(value: Any) -> Any:
@@ -451,8 +494,11 @@ def _on_hub(name: str) -> Source:
     except ImportError as error:
         raise DataError(f'hub:{name}: for data sets of the hub install datasets: pip install "mlx-qlora[hub]".') from error
     name, _, wanted = name.partition("@")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise DataError(f"hub:{name}: hub:owner/name or hub:owner/name@split is expected.")
     try:
-        found = datasets.load_dataset(name, split=wanted or None)
+        # From version 4 on `datasets` runs no script of a data set's own; an older one is told not to, and refuses.
+        found = datasets.load_dataset(name, split=wanted or None, trust_remote_code=False)
     except Exception as error:  # whatever a missing name, a missing split or a missing network makes it raise
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise DataError(f"hub:{name}: the hub gave nothing: {reason}. Check the name, the split and the connection.") from error

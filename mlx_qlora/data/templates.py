@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mlx_qlora.data.formats import RowError
 from mlx_qlora.errors import DataError
+from mlx_qlora.files import small_text
 
 Tokenizer = Any  # mlx-lm's TokenizerWrapper, or one of transformers
 
+_MOST_LETTERS = 2**25  # of one conversation; the longest row has half of that
 _COMPARED = 8  # renderings of the quick way that are held against the tokenizer's own before it is trusted
 
 # Templates for base models that have none, by name.
@@ -59,22 +62,29 @@ def choose_template(tokenizer: Tokenizer, name: str) -> str:
         return name
     path = Path(name).expanduser()
     try:
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        tokenizer.chat_template = small_text(path)
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and path.exists() else ""
         raise DataError(
-            f"chat_template: {name!r} came, {', '.join(TEMPLATES)} or a readable file with a Jinja template is expected."
+            f"chat_template: {name!r} came, {', '.join(TEMPLATES)} or a readable file with a Jinja template is expected"
+            f"{f' ({reason})' if reason else ''}."
         ) from error
     _check_syntax(tokenizer, path)
     return name
 
 
 def _check_syntax(tokenizer: Tokenizer, path: Path) -> None:
+    """Compiled and not rendered: that is done within limits."""
     from jinja2 import TemplateSyntaxError
 
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        _compile_jinja_template(tokenizer.chat_template)
     except TemplateSyntaxError as error:
         raise DataError(f"{path}:{error.lineno}: not a Jinja template: {error.message}.") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: not a Jinja template: nested too deeply.") from error
     except Exception:
         pass
 
@@ -86,14 +96,22 @@ def has_template(tokenizer: Tokenizer) -> bool:
 
 
 class Template:
-    """A tokenizer's chat template, rendered in transformers' sandbox.
+    """A tokenizer's chat template, rendered in transformers' sandbox; `name` is what messages call it.
+
+    Templates come with models, from strangers. jinja2's immutable sandbox, in which transformers compiles them and both
+    ways here run, gives them no file, no import and no attribute that begins with an underscore, changes nothing that it
+    is given, and counts no further than 100,000 in one range. Such a template ends the run, as does one whose text has no
+    end in sight. What is not held: a loop in loops that writes nothing never ends (Ctrl-C does), and one operation can take
+    all the memory there is, such as 'a' * 10**11; the sandbox can watch operators, but only in a template of its own
+    compiling, and then it would not be what the tokenizer renders. With tools the text is measured once it is whole.
 
     `apply_chat_template` spends most of its time on copying messages and on keys that plain messages do not have. For
     those the compiled template is called directly, once it has given the same text as the tokenizer a few times.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, name: str = "the model's own"):
         self._tokenizer = tokenizer
+        self._name = name
         self._quick = _compiled(tokenizer)
         self._compared = 0
 
@@ -103,6 +121,8 @@ class Template:
             return self._slow(messages, tools, ask)
         try:
             text = self._quick(messages, ask)
+        except _EndlessError as error:
+            raise self._stopped(str(error)) from error
         except Exception:  # the tokenizer's own way says better what is wrong
             return self._slow(messages, tools, ask)
         if self._compared < _COMPARED:
@@ -118,6 +138,8 @@ class Template:
         return self._quick is not None
 
     def _slow(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]] | None, ask: bool) -> str:
+        from jinja2.exceptions import SecurityError
+
         try:
             text: str = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
@@ -125,10 +147,37 @@ class Template:
                 tokenize=False,
                 add_generation_prompt=ask,
             )
+        except (SecurityError, OverflowError, MemoryError, RecursionError) as error:
+            raise self._stopped(str(error) or type(error).__name__) from error
         except Exception as error:  # a template raises whatever its author chose
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RowError(f"the chat template refuses this conversation: {reason}") from error
+        if len(text) > _MOST_LETTERS:
+            raise self._stopped(str(_EndlessError()))
         return text
+
+    def _stopped(self, reason: str) -> DataError:
+        return DataError(
+            f"chat_template: {self._name} does what no chat template may: {' '.join(reason.split()).rstrip('.')}. "
+            f"Name another one with --chat-template: {', '.join(TEMPLATES)} or a file."
+        )
+
+
+class _EndlessError(Exception):
+    def __init__(self) -> None:
+        super().__init__(f"it writes more than {_MOST_LETTERS:,} letters for one conversation")
+
+
+def _joined(pieces: Iterable[str]) -> str:
+    """The pieces as one text, unless that has no end in sight."""
+    pieces = iter(pieces)
+    text, size = "", 0
+    while part := list(islice(pieces, 1024)):  # nearly always all of them
+        text += "".join(part)
+        size += len(part)  # empty ones, too, can come for ever
+        if len(text) + size > _MOST_LETTERS:
+            raise _EndlessError
+    return text
 
 
 def _compiled(tokenizer: Tokenizer) -> Callable[[Sequence[Mapping[str, Any]], bool], str] | None:
@@ -147,6 +196,6 @@ def _compiled(tokenizer: Tokenizer) -> Callable[[Sequence[Mapping[str, Any]], bo
     def quick(messages: Sequence[Mapping[str, Any]], ask: bool) -> str:
         # `render` would copy all globals into each context; here they are in it already.
         context = compiled.new_context({**more, "messages": messages, "add_generation_prompt": ask}, shared=True)
-        return "".join(compiled.root_render_func(context))
+        return _joined(compiled.root_render_func(context))
 
     return quick

@@ -54,11 +54,20 @@ class GradientAccumulator:
         mx.async_eval(self._sum, self._weight)  # or the lazy graph of the whole window stays alive
         return self.window is not None and self.count >= self.window
 
+    @property
+    def gradients(self) -> Gradients:
+        """The sums so far; nothing was added: None."""
+        return self._sum
+
+    def begin(self, grads: Gradients = None, weight: mx.array | float = 0.0, count: int = 0) -> None:
+        """Start anew, or where another accumulator stood."""
+        self._sum, self._weight, self.count = grads, mx.array(weight), count
+
     def take(self) -> Gradients:
         """The gradient of the weighted mean of all that was added since the last `take`. Nothing added: an error."""
         if self.count == 0:
             raise ValueError("nothing was accumulated since the last take()")
         divisor = mx.maximum(self._weight, 1e-20)  # a weight of 0 leaves gradients of 0, not 0 / 0
         grads = tree_map(lambda g: g / divisor, self._sum)
-        self._sum, self._weight, self.count = None, mx.array(0.0), 0
+        self.begin()
         return grads

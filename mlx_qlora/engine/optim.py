@@ -40,8 +40,6 @@ class OptimConfig:
     """Further numbers for the optimizer, such as weight_decay, momentum, or beta1 and beta2 for its betas."""
     clip_grad_norm: float = 1.0
     """Largest norm of the whole gradient; 0: unclipped."""
-    max_skipped_updates: int = 10
-    """Stop when so many updates in a row had a loss or gradient that is not finite."""
 
     def __post_init__(self) -> None:
         finite = math.isfinite(self.learning_rate)
@@ -49,7 +47,6 @@ class OptimConfig:
             (finite and self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0, such as 1e-4"),
             (self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "a whole number from 0"),
             (0 <= self.clip_grad_norm < math.inf, "clip_grad_norm", self.clip_grad_norm, "a number from 0 (0: no clipping)"),
-            (self.max_skipped_updates >= 1, "max_skipped_updates", self.max_skipped_updates, "a whole number from 1"),
             (self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, " or ".join(OPTIMIZERS)),
         )
         make_optimizer(self, total_steps=1)  # wrong options are found before anything is loaded

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count
-from typing import Any, Literal, cast
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,12 +15,22 @@ import numpy as np
 
 from mlx_qlora.engine.accumulate import GradientAccumulator
 from mlx_qlora.engine.optim import OptimConfig, guarded_update
-from mlx_qlora.errors import NonFiniteError
-from mlx_qlora.records import Batch, LossSum, StepReport, Update
+from mlx_qlora.engine.room import Laid, Room, is_out_of_memory
+from mlx_qlora.records import BEGIN, Batch, Example, Halfway, LossSum, StepReport, TrainState, Update, Window
 
 Objective = Callable[[nn.Module, Batch], LossSum]
 WithKey = Callable[[nn.Module, mx.array], Any]  # gives a context in which dropout draws from a key
 MicroStep = Callable[[Batch, mx.array], tuple[LossSum, Any]]
+
+
+class Enter(Protocol):
+    """Somebody who is told when a phase begins, and what is known of it; facts stay until they are replaced."""
+
+    def __call__(self, phase: str, **facts: object) -> None: ...
+
+
+def nobody(phase: str, **facts: object) -> None:
+    """Nobody listens."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,11 @@ class Engine:
     with_key: WithKey
     seed: int = 0
     compiled: bool = False
-    rehearse: Batch | None = None  # the largest batch of the run: computed first, so that what does not fit fails at once
+    room: Room = field(default_factory=lambda: Room(1 << 30))
+    lay_out: Laid | None = None  # makes smaller batches of the same examples when memory ends
+    rehearse: tuple[Example, ...] = ()  # the longest of the run: computed first, so that what does not fit fails at once
+    enter: Enter = nobody  # is told which phase begins, with facts about it
+    asked: Callable[[], bool] = lambda: False  # whether a fact is wanted before the update is done
 
 
 def micro_step(engine: Engine) -> MicroStep:
@@ -88,69 +102,173 @@ def dropout_key(seed: int, update: int) -> mx.array:
     return mx.random.key(int(np.random.SeedSequence((seed, update)).generate_state(1, np.uint64)[0]))
 
 
-def steps(engine: Engine, updates: Iterable[Update]) -> Iterator[StepReport]:
+def steps(
+    engine: Engine, updates: Iterable[Update], start: TrainState = BEGIN, window: Window | None = None
+) -> Iterator[StepReport | Halfway]:
     """Make the updates, one report each. All that an update changes is computed before its report is given.
 
-    While the device computes an update, the next one's batches are made.
+    `start` and `window` say where a run goes on; model and optimizer have their arrays already. While the device
+    computes, the next update's batches are made. Where `engine.asked` says so, there is a fact in the middle of an
+    update too.
     """
-    model, optimizer, config = engine.model, engine.optimizer, engine.config
     step_on = micro_step(engine)
-    optimizer.init(model.trainable_parameters())
-    accumulator = GradientAccumulator()
-    skipped = in_a_row = 0
-    if engine.rehearse is not None:
-        mx.eval(step_on(engine.rehearse, dropout_key(engine.seed, 0)))
-    coming = iter(updates)
-    following = next(coming, None)
-    begun = start = time.perf_counter()
-    for number in count():
-        if (update := following) is None:
-            return
-        loss = _accumulate(step_on, update.batches, accumulator, dropout_key(engine.seed, number))
-        mean = loss.total / loss.weight
-        done = guarded_update(optimizer, model.trainable_parameters(), accumulator.take(), mean, config.clip_grad_norm)
-        model.update(done.params)
-        mx.async_eval(done, optimizer.state, mean, loss.metrics)
-        problem: Exception | None = None
-        try:
-            following = next(coming, None)
-        except Exception as error:  # what was computed meanwhile is still reported
-            problem = error
-        mx.eval(done, optimizer.state, mean, loss.metrics)
+    engine.optimizer.init(engine.model.trainable_parameters())
+    if engine.rehearse and engine.lay_out:
+        engine.enter("rehearse")
+        engine.room.within(partial(_rehearse, engine, step_on))
+    coming = _Coming(updates, start.halvings)
+    state = start
+    begun = time.perf_counter()
+    origin = begun - start.elapsed_s
+    while (update := coming.take()) is not None:
+        engine.enter("batch", update=state.step + 1, ids=update.ids, budget=engine.room.now, part=None, shape=None)
+        made, update = yield from _made(engine, step_on, update, state, window, coming)
+        window = None
         now = time.perf_counter()
-        in_a_row = 0 if done.finite.item() else in_a_row + 1
-        skipped += in_a_row > 0
+        state = TrainState(
+            step=state.step + 1,
+            next=update.next,
+            skipped_updates=state.skipped_updates + (not made["finite"]),
+            elapsed_s=now - origin,
+            halvings=engine.room.halvings,
+        )
         yield StepReport(
-            step=number + 1,
+            step=state.step,
             epoch=update.epoch,
-            loss=_number(mean),
-            learning_rate=_number(done.learning_rate),
-            grad_norm=_number(done.grad_norm),
             tokens=update.tokens,
             supervised_tokens=update.supervised_tokens,
             positions=update.positions,
             tokens_per_second=update.tokens / (now - begun),
             peak_memory_gb=mx.get_peak_memory() / 1e9,
-            elapsed_s=now - start,
-            skipped_updates=skipped,
-            metrics={name: _number(value / loss.weight) for name, value in loss.metrics.items()},
+            elapsed_s=state.elapsed_s,
+            skipped_updates=state.skipped_updates,
+            state=state,
+            update=update,
+            **made,
         )
-        if in_a_row >= config.max_skipped_updates:
-            raise NonFiniteError(_explain(in_a_row, number + 1, update.ids))
-        if problem is not None:
-            raise problem
         begun = time.perf_counter()
 
 
-def _accumulate(step_on: MicroStep, batches: Sequence[Batch], accumulator: GradientAccumulator, key: mx.array) -> LossSum:
-    """The whole loss of an update; nothing here waits for a value."""
+def _made(
+    engine: Engine, step_on: MicroStep, update: Update, state: TrainState, window: Window | None, coming: _Coming
+) -> Generator[Halfway, None, tuple[dict[str, Any], Update]]:
+    """Make an update; where memory ends, the same examples once more in smaller batches. Gives what it came to, and the
+    update as it was laid out in the end."""
+    model, optimizer, room = engine.model, engine.optimizer, engine.room
+    before = model.trainable_parameters(), optimizer.state
+    laid_for = coming.halvings
+    while True:
+        try:
+            if laid_for != room.halvings and engine.lay_out:
+                update = replace(update, batches=engine.lay_out(update.examples, room.halvings))
+                laid_for = room.halvings
+            loss, gradients = yield from _accumulated(engine, step_on, update, state, window, coming)
+            engine.enter("update")
+            return _applied(engine, loss, gradients), update
+        except Exception as error:
+            if engine.lay_out is None or not is_out_of_memory(error):
+                raise
+            said = str(error)
+        # Out here the error is gone, and with it all that its frames held.
+        window = None
+        model.update(before[0])
+        optimizer.state = before[1]
+        room.halve(said)
+
+
+def _applied(engine: Engine, loss: LossSum, gradients: Any) -> dict[str, Any]:
+    """Make the update, and say what it came to."""
+    mean = loss.total / loss.weight
+    done = guarded_update(engine.optimizer, engine.model.trainable_parameters(), gradients, mean, engine.config.clip_grad_norm)
+    engine.model.update(done.params)
+    mx.eval(done, engine.optimizer.state, mean, loss.metrics)
+    return {
+        "loss": _number(mean),
+        "learning_rate": _number(done.learning_rate),
+        "grad_norm": _number(done.grad_norm),
+        "finite": bool(done.finite.item()),
+        "metrics": {name: _number(value / loss.weight) for name, value in loss.metrics.items()},
+    }
+
+
+class _Coming:
+    """The updates, one made ahead. What goes wrong with that one is heard of when it is taken, after the one before."""
+
+    def __init__(self, updates: Iterable[Update], halvings: int):
+        self._updates = iter(updates)
+        self.halvings = halvings  # for which the batches are laid out as they come
+        self._held: list[Update | Exception | None] = []
+
+    def prepare(self) -> None:
+        if not self._held:
+            try:
+                self._held.append(next(self._updates, None))
+            except Exception as error:
+                self._held.append(error)
+
+    def take(self) -> Update | None:
+        self.prepare()
+        one = self._held.pop()
+        if isinstance(one, Exception):
+            raise one
+        return one
+
+
+def _rehearse(engine: Engine, step_on: MicroStep, halvings: int) -> None:
+    assert engine.lay_out is not None
+    largest = max(engine.lay_out(engine.rehearse, halvings), key=lambda batch: batch.computed)
+    mx.eval(step_on(largest, dropout_key(engine.seed, 0)))
+
+
+def _accumulated(
+    engine: Engine, step_on: MicroStep, update: Update, state: TrainState, window: Window | None, coming: _Coming
+) -> Generator[Halfway, None, tuple[LossSum, Any]]:
+    """The whole loss of an update and the gradient of its mean.
+
+    Each phase is waited for: the next one can't begin earlier anyway, and so everybody knows what is being computed.
+    While a backward pass runs, the next batch's graph is built.
+    """
+    batches, key = update.batches, dropout_key(engine.seed, state.step)
+    accumulator = GradientAccumulator()
     whole: LossSum | None = None
-    for batch in batches:
-        loss, grads = step_on(batch, key)
+    first = 0
+    if window is not None and window.parts == len(batches):  # else it was laid out otherwise: from its start
+        first, whole = window.done, window.loss
+        accumulator.begin(window.gradients, window.loss.weight, window.done)
+    built: tuple[LossSum, Any] | None = step_on(batches[first], key)
+    for part in range(first, len(batches)):
+        assert built is not None, "each batch is built while the one before is computed"
+        loss, grads = built
+        batch = batches[part]
+        engine.enter("forward", part=part + 1, parts=len(batches), shape=_shape(batch), positions=batch.computed)
+        mx.eval(loss.hidden)
+        engine.enter("loss")
+        mx.eval(loss.total, loss.weight, loss.metrics)
+        engine.enter("backward")
+        mx.async_eval(grads)
+        if part + 1 < len(batches):
+            built = step_on(batches[part + 1], key)
+        else:
+            built = None
+            coming.prepare()
+        mx.eval(grads)
+        engine.enter("accumulate")
         accumulator.add(grads, loss.weight)
-        whole = loss if whole is None else add_losses(whole, loss)
+        whole = loss._replace(hidden=()) if whole is None else add_losses(whole, loss)
+        del loss, grads
+        if part + 1 < len(batches) and engine.asked():
+            mx.eval(accumulator.gradients, whole)
+            yield Halfway(state, Window(part + 1, len(batches), accumulator.gradients, whole))
     assert whole is not None, "an update has at least one batch"
-    return whole
+    return whole, accumulator.take()
+
+
+def _shape(batch: Batch) -> str:
+    """A batch in a few words."""
+    rows, length = batch.rows.shape
+    shared = f" behind {batch.shared.size:,}" if batch.shared.size else ""
+    tree = f" in {len(batch.segments)} pieces" if batch.segments else ""
+    return f"{rows} x {length:,} tokens{tree}{shared}, {batch.positions.size:,} places"
 
 
 def _number(array: mx.array) -> float:
@@ -160,14 +278,3 @@ def _number(array: mx.array) -> float:
 def add_losses(a: LossSum, b: LossSum) -> LossSum:
     """Sums add."""
     return LossSum(a.total + b.total, a.weight + b.weight, {name: a.metrics[name] + b.metrics[name] for name in a.metrics})
-
-
-def _explain(in_a_row: int, step: int, ids: Sequence[str]) -> str:
-    return (
-        f"{in_a_row} updates in a row, up to update {step}, had a loss or a gradient that is not a finite number. "
-        "They changed nothing: the adapters are as they were before them.\n"
-        f"The last such update had the examples {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}.\n"
-        "What to try, in this order: a learning rate of a third (learning_rate), a warm-up of 20 updates or more "
-        "(warmup_steps), a smaller clip_grad_norm such as 0.5, a smaller lora.scale, more supervised tokens in an "
-        "update (batch_size, gradient_accumulation), and a look at the examples named above."
-    )

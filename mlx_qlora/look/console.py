@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from mlx_qlora.look.evaluate import Answered, Scores
 from mlx_qlora.look.gap import GapAnalysis, grade
 from mlx_qlora.model.activations import KeptStates
 from mlx_qlora.model.lora import Attached
-from mlx_qlora.records import EvalReport, StepReport
+from mlx_qlora.records import BEGIN, EvalReport, StepReport, TrainState
+from mlx_qlora.run.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -52,7 +54,7 @@ class Console:
     def __init__(self, quiet: bool = False):
         self._quiet = quiet
         self._bar: tqdm[Any] | None = None
-        self._total = 0
+        self._total, self._begun = 0, BEGIN
         self._last_line = 0.0
         self._prepared_at: float | None = None
         self._line_open = False
@@ -141,29 +143,44 @@ class Console:
             f"{optim.optimizer}, {optim.schedule} schedule from {optim.learning_rate:g}{warmup}",
         )
 
-    def begin(self, total: int) -> None:
-        self._total = total
+    def resumes(self, found: Checkpoint, changes: Sequence[str]) -> None:
+        self.fact("resume", f"from {found.folder.name}, after update {found.state['state']['step']:,}", *changes)
+
+    def begin(self, total: int, state: TrainState) -> None:
+        self._total, self._begun = total, state
         self._last_line = time.monotonic()
         self.say()
         if self._quiet or not (sys.stderr.isatty() or "ipykernel" in sys.modules):
             return
         from tqdm.auto import tqdm
 
-        self._bar = tqdm(total=total, unit="update", dynamic_ncols=True, bar_format=_BAR)
+        self._bar = tqdm(total=total, initial=state.step, unit="update", dynamic_ncols=True, bar_format=_BAR)
 
-    def step(self, report: StepReport, skipped: bool) -> None:
+    def halved(self, positions: int) -> None:
+        """Memory ended."""
+        self.say(f"memory ended: from now on at most {positions:,} positions at once; the same examples are done again")
+
+    def went_back(self, trouble: str, step: int, rate: float, number: int, most: int) -> None:
+        self.say(
+            f"{trouble} were not finite: back to the checkpoint of update {step} with a learning rate of {rate:g} "
+            f"({number} of at most {most} times)"
+        )
+        if self._bar is not None:
+            self._bar.n = step
+
+    def step(self, report: StepReport) -> None:
         figures = f"loss {report.loss:.3f}, {report.tokens_per_second:,.0f} tok/s, {report.peak_memory_gb:.2f} GB"
-        if skipped:
-            self.say(f"update {report.step}: its loss or gradient is not finite; skipped, nothing was changed")
         if self._bar is not None:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update()
-        elif time.monotonic() - self._last_line > _QUIET_S or report.step == 1:
+        elif time.monotonic() - self._last_line > _QUIET_S or report.step == self._begun.step + 1:
             self._last_line = time.monotonic()
             self.say(f"update {report.step}/{self._total}  {figures}, {_duration(self._left(report))} left")
 
     def _left(self, report: StepReport) -> float:
-        return report.elapsed_s / report.step * (self._total - report.step)
+        begun = self._begun
+        made = max(1, report.step - begun.step)
+        return (report.elapsed_s - begun.elapsed_s) / made * (self._total - report.step)
 
     def validation(self, report: EvalReport, patience: int) -> None:
         if report.best and report.stale == 0:
@@ -216,7 +233,7 @@ class Console:
             ):
                 self.say(f"  {name:<9} {' '.join(text.split())[:100]}")
 
-    def where(self, folder: Path, model: str, interrupted: bool) -> None:
+    def where(self, folder: Path, model: str, interrupted: bool, checkpoint: Path | None = None) -> None:
         template = folder / "chat_template.jinja"
         self.say()
         self.fact(
@@ -231,7 +248,8 @@ class Console:
             ),
         )
         if interrupted:
-            self.fact("next", "to train to the end, start again with --overwrite")
+            saved = f"all of it is saved in {checkpoint.name}; " if checkpoint else "no checkpoint could be written; "
+            self.fact("next", f"{saved}to go on:", f"mlx-qlora train --output-dir {shlex.quote(str(folder))} --resume")
             return
         path = _from_here(embedded_model()) if model == EMBEDDED else model
         self.fact("next", f'mlx_lm.generate --model {path} --adapter-path {folder / "adapters"} --prompt "..."')

@@ -14,9 +14,9 @@ import fcntl
 import hashlib
 import mmap
 import os
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
-from mlx_qlora.errors import require
+from mlx_qlora.errors import ConfigError, require
 from mlx_qlora.model import trunk
 from mlx_qlora.records import Batch, Update
 
@@ -283,8 +283,13 @@ def open_kept(config: TrunkCacheConfig, model: nn.Module, name: str, first: int)
     root = Path(config.trunk_cache_dir).expanduser()
     limit = config.trunk_cache_gb * 1e9
     folder = root / _key(model, first, str(stored), name)
-    _make_room(root, folder, limit)
-    return KeptTrunk(model, first, KeptStates(folder, computed.shape[-1], stored, limit))
+    try:
+        _make_room(root, folder, limit)
+        return KeptTrunk(model, first, KeptStates(folder, computed.shape[-1], stored, limit))
+    except OSError as error:
+        raise ConfigError(
+            f"trunk_cache_dir: {root} can't be used: {error.strerror}. Name another folder, or --trunk-cache off."
+        ) from error
 
 
 def _one_token() -> Batch:
@@ -328,7 +333,10 @@ def _make_room(root: Path, wanted: Path, limit: float) -> None:
         if sum(sizes.values()) <= limit:
             return
         if each != wanted and (lock := _locked(each / "lock")) is not None:
-            shutil.rmtree(each, ignore_errors=True)
+            for name in ("states.bin", "index.safetensors", "lock"):
+                (each / name).unlink(missing_ok=True)
+            with suppress(OSError):  # it holds something else
+                each.rmdir()
             os.close(lock)
             del sizes[each]
 
@@ -339,7 +347,10 @@ def _last_used(folder: Path) -> float:
 
 def _locked(path: Path) -> int | None:
     """A file descriptor that holds the lock until it is closed; None if another one has it."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT)
+    except PermissionError:  # another user's
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

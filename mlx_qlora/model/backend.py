@@ -145,6 +145,11 @@ def memory() -> int:
     for name in ("max_recommended_working_set_size", "memory_size", "total_memory"):
         if info.get(name):
             return int(info[name])
+    return physical_memory()
+
+
+def physical_memory() -> int:
+    """The bytes of this machine, or what a container gets of them."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     given = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"

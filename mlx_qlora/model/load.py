@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_qlora.assets import EMBEDDED, embedded_model
 from mlx_qlora.errors import ModelError
-from mlx_qlora.model import backend, frozen, matmul
+from mlx_qlora.model import backend, frozen, matmul, trust
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Loaded:
     tokenizer: Any
     config: dict[str, Any]
     name: str
+    matmul: dict[str, int] = field(default_factory=dict)  # by shape: from how many rows on weights are dequantised
 
     def __iter__(self) -> Iterator[Any]:
         yield self.model
@@ -38,20 +41,36 @@ class Loaded:
         return f"{self.name} ({kind}, {f'{bits}-bit' if bits else 'not quantised'})"
 
 
-def load(name: str, matmul: str = "auto") -> Loaded:
+def load(name: str, matmul: str = "auto", measured: Mapping[str, int] | None = None) -> Loaded:
     """Load a folder, a model of the hub, or `embedded`, the tiny 4-bit Mistral of this package.
 
-    `matmul`: how its quantised weights are multiplied; see `MatmulConfig`.
+    `matmul`: how its quantised weights are multiplied; see `MatmulConfig`. `measured`: what an earlier `Loaded.matmul`
+    said, so that a run that goes on computes as before.
     """
     import mlx_lm
 
     folder = embedded_model() if name == EMBEDDED else _folder(name)
     try:
-        model, tokenizer, config = mlx_lm.load(str(folder), lazy=True, return_config=True)
-        _prepare(model, matmul)
+        model, tokenizer, config = mlx_lm.load(
+            str(folder), trust.NO_CODE, lazy=True, return_config=True, **trust.without_code(mlx_lm.load)
+        )
+        chosen = _prepare(model, matmul, measured or {})
     except Exception as error:  # whatever a broken folder makes mlx-lm, transformers or MLX raise
         raise ModelError(f"{name}: this model can't be loaded: {_one_line(error)}") from error
-    return Loaded(model, tokenizer, config, name)
+    return Loaded(model, tokenizer, config, name, chosen)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What tells a model without adapters from another one: the shape, dtype and first numbers of each of its arrays."""
+    told = hashlib.blake2b(type(model).__module__.encode(), digest_size=8)
+    arrays: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+    for path, array in arrays.items():
+        first = np.array(array.reshape(-1)[:_TELLING].view(mx.uint8))
+        told.update(f"{path} {array.shape} {array.dtype}".encode() + first.tobytes())
+    return told.hexdigest()
+
+
+_TELLING = 16_384  # numbers of an array; another fine-tuning of the same model differs in nearly all of them
 
 
 def outline(name: str) -> Loaded:
@@ -62,21 +81,19 @@ def outline(name: str) -> Loaded:
     """
     from mlx_lm.utils import load_config, load_model
 
-    folder = embedded_model() if name == EMBEDDED else Path(name).expanduser()
-    if name != EMBEDDED and not folder.exists():
-        folder = _folder_or_hub(name)
+    folder = embedded_model() if name == EMBEDDED else _there(name) or _small_of_hub(name)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json in this folder. Name a folder that mlx-lm can load.")
+    trust.check(folder)
     try:
         config = load_config(folder)
-        if "auto_map" in config or "model_file" in config:
-            raise ModelError(f"{folder}: this model brings code of its own to run, and that is never done here.")
-        complete = bool(list(folder.glob("model*.safetensors")))
-        model, config = load_model(folder, lazy=True, strict=False) if complete else (of_config(config), config)
+        complete = bool(list(folder.glob("model*.safetensors"))) and not trust.missing_weights(folder)
+        if complete:
+            model, config = load_model(folder, lazy=True, strict=False, **trust.without_code(load_model))
+        else:
+            model = of_config(config)
         _adapt(model)
         frozen.install(model)
-    except ModelError:
-        raise
     except Exception as error:  # whatever a broken folder makes mlx-lm or MLX raise
         raise ModelError(f"{name}: this model can't be outlined: {_one_line(error)}") from error
     return Loaded(model, None, config, name)
@@ -108,14 +125,14 @@ def load_tokenizer(name: str) -> Any:
 
     if name == EMBEDDED:
         folder = embedded_model()
-    elif (folder := Path(name).expanduser()).is_dir():
+    else:
+        folder = _there(name) or _small_of_hub(name)
         if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
             raise ModelError(f"{name}: no tokenizer_config.json and no tokenizer.json in this folder.")
-    else:
-        folder = _folder(name)
+    trust.check(folder)
+    config = trust.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").exists() else {}
-        return load_it(folder, eos_token_ids=config.get("eos_token_id"))
+        return load_it(folder, trust.NO_CODE, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # whatever a broken folder makes mlx-lm or transformers raise
         raise ModelError(f"{name}: this tokenizer can't be loaded: {_one_line(error)}") from error
 
@@ -129,11 +146,11 @@ def wired_memory(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _prepare(model: nn.Module, how: str) -> None:
+def _prepare(model: nn.Module, how: str, measured: Mapping[str, int]) -> dict[str, int]:
     backend.reuse_memory()
     _adapt(model)
     mx.eval(model.parameters())
-    matmul.install(model, how)
+    return matmul.install(model, how, measured=measured)
 
 
 def _adapt(model: nn.Module) -> None:
@@ -147,48 +164,53 @@ def _computable(array: mx.array) -> mx.array:
 
 
 def _folder(name: str) -> Path:
-    folder = Path(name).expanduser()
-    if not folder.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise ModelError(f"{name}: there is no such folder. Name a folder with a model, or one of the hub as owner/name.")
-        return _from_hub(name)
+    folder = _there(name) or _fetched(_hub_name(name), [*_SMALL, "model*.safetensors"])
     _check(folder)
+    return folder
+
+
+def _there(name: str) -> Path | None:
+    """The folder of this name, if there is one; a model of the hub has none."""
+    folder = Path(name).expanduser()
+    try:
+        if folder.is_symlink() and not folder.exists():
+            raise ModelError(f"{folder}: this link leads to {os.readlink(folder)}, where nothing is.")
+        if not folder.exists():
+            return None
+        if not folder.is_dir():
+            raise ModelError(f"{folder}: this is a file; name the folder that holds config.json and model.safetensors.")
+        os.listdir(folder)
+        (folder / "config.json").exists()  # a folder may be listed and still not be entered
+    except OSError as error:
+        raise ModelError(f"{folder}: this folder can't be read: {error.strerror}.") from error
     return folder
 
 
 def _check(folder: Path) -> None:
-    """What a folder lacks, all of it at once, before anything is loaded."""
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: this is a file; name the folder that holds config.json and model.safetensors.")
+    """What a folder lacks, all of it at once, and what it may not do, before anything is loaded."""
+    trust.check_weights(folder)
     lacking = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).exists()]
-    if not list(folder.glob("model*.safetensors")):
+    if not any(map(os.path.lexists, folder.glob("model*.safetensors"))):
         lacking.append("model*.safetensors")
     if lacking:
         raise ModelError(f"{folder}: no {', no '.join(lacking)} in this folder. Name a folder that mlx-lm can load.")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or "model_type" not in config:
-            raise ValueError("it has no model_type")
-    except ValueError as error:
-        raise ModelError(f"{folder / 'config.json'}: not the configuration of a model: {error}") from error
-    if "auto_map" in config or "model_file" in config:
-        raise ModelError(f"{folder}: this model brings code of its own to run, and that is never done here.")
+    trust.check(folder)
+    if "model_type" not in trust.read_json(folder / "config.json"):
+        raise ModelError(f"{folder / 'config.json'}: not the configuration of a model: it has no model_type.")
 
 
-def _folder_or_hub(name: str) -> Path:
-    """The folder of a model of the hub, of which everything is there but perhaps the weights."""
+def _hub_name(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"{name}: there is no such folder. Name a folder with a model, or one of the hub as owner/name.")
-    return _fetched(name, _SMALL)
+    return name
+
+
+def _small_of_hub(name: str) -> Path:
+    """The folder of a model of the hub, of which everything is there but perhaps the weights."""
+    return _fetched(_hub_name(name), _SMALL)
 
 
 _SMALL = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
-
-
-def _from_hub(name: str) -> Path:
-    folder = _fetched(name, [*_SMALL, "model*.safetensors"])
-    _check(folder)
-    return folder
 
 
 def _fetched(name: str, wanted: list[str]) -> Path:

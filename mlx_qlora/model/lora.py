@@ -6,7 +6,7 @@ Names and shapes of the arrays are mlx-lm's, so that its tools load the adapters
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_qlora.errors import ModelError, require
+from mlx_qlora.errors import ModelError, listed, require
 from mlx_qlora.model import backend
 
 Predicate = Callable[[str, nn.Module], bool]
@@ -328,3 +328,41 @@ def adapter_arrays(model: nn.Module) -> dict[str, mx.array]:
     """The trained arrays by name, as they go into `adapters.safetensors`."""
     arrays: dict[str, mx.array] = tree_flatten(model.trainable_parameters(), destination={})  # type: ignore[assignment]
     return arrays
+
+
+def load(model: nn.Module, arrays: Mapping[str, mx.array], where: object) -> None:
+    """Put trained arrays into the adapters of a model, all of them or none. `where` is the file, for the message."""
+    own = {f"{path}.{name}": lora[name] for path, lora in adapted(model) for name in ("lora_a", "lora_b")}
+    problems = [f"{name}: it is missing" for name in own if name not in arrays]
+    for name, array in arrays.items():
+        if name not in own:
+            problems.append(f"{name}: this model has no such adapter")
+        elif array.shape != own[name].shape:
+            problems.append(f"{name}: {_by(array)} came, {_by(own[name])} is expected")
+        elif not mx.issubdtype(array.dtype, mx.floating):
+            problems.append(f"{name}: {str(array.dtype).removeprefix('mlx.core.')} came, floating-point numbers are expected")
+    if problems:
+        raise ModelError(
+            f"{where}: these adapters are not of this model with these lora settings; {len(problems)} of "
+            f"{len(own.keys() | arrays.keys())} arrays are wrong:\n{listed(problems)}"
+        )
+    finite_or_refuse(arrays, where)
+    model.update(tree_unflatten(list(arrays.items())))
+    mx.eval(model.trainable_parameters())
+
+
+def finite_or_refuse(arrays: Mapping[str, mx.array], where: object) -> None:
+    """Raise if a number in these arrays is NaN or infinite: whatever is computed with it is NaN, too, for ever."""
+    floating = {name: array for name, array in arrays.items() if mx.issubdtype(array.dtype, mx.inexact)}
+    counts = {name: mx.sum(~mx.isfinite(array)) for name, array in floating.items()}
+    mx.eval(counts)
+    wrong = [f"{name}: {count.item():,} of {arrays[name].size:,} numbers" for name, count in counts.items() if count.item()]
+    if wrong:
+        raise ModelError(
+            f"{where}: numbers that are NaN or infinite are in {len(wrong)} of {len(arrays)} arrays, and nothing good can "
+            f"come of them; take an earlier checkpoint or other adapters:\n{listed(wrong)}"
+        )
+
+
+def _by(array: mx.array) -> str:
+    return " x ".join(map(str, array.shape)) or "a single number"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -40,8 +40,13 @@ class MatmulConfig:
     """The quantised kernel, dequantising and a dense product, or for each shape what is the fastest here."""
 
 
-def install(model: nn.Module, how: str = "auto", kept_in: Path = KEPT_IN) -> dict[str, int]:
-    """Give the quantised layers of a model the chosen way; says for each shape from how many rows on it is dequantised."""
+def install(
+    model: nn.Module, how: str = "auto", kept_in: Path = KEPT_IN, measured: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Give the quantised layers of a model the chosen way; says for each shape from how many rows on it is dequantised.
+
+    `measured`: what was said before; it stays so, whatever would be measured now.
+    """
     if how != "auto":
         rule = NEVER if how == "quantized" else ALWAYS
         frozen.install(model, lambda _: rule)
@@ -52,8 +57,10 @@ def install(model: nn.Module, how: str = "auto", kept_in: Path = KEPT_IN) -> dic
     for module in _quantized(model):
         shape = _shape(module)
         if shape not in chosen:
-            chosen[shape] = known.get(_place(shape)) or dense_from(partial(_once, module), _rows_to_try(module))
-    if fresh := {_place(shape): rows for shape, rows in chosen.items() if _place(shape) not in known}:
+            rows = (measured or {}).get(shape) or known.get(_place(shape))
+            chosen[shape] = rows or dense_from(partial(_once, module), _rows_to_try(module))
+    fresh = {_place(shape): rows for shape, rows in chosen.items() if _place(shape) not in known}
+    if fresh and not measured:
         _write(path, _read(path) | fresh)
     frozen.install(model, lambda module: chosen[_shape(module)])
     return chosen

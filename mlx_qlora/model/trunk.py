@@ -43,8 +43,9 @@ PLAIN = Passage()
 
 def summed_loss(
     model: nn.Module, batch: Batch, loss_of: LossOf, arrays: Sequence[mx.array], passage: Passage = PLAIN
-) -> mx.array:
-    """The loss of `loss_of(logits, *arrays)`, a sum with its gradient, over the places of a batch.
+) -> tuple[mx.array, mx.array]:
+    """(the loss of `loss_of(logits, *arrays)`, a sum with its gradient, over the places of a batch; what the head was
+    given for it).
 
     A model that is not trunk-then-head runs whole, and the places are picked from its logits.
     """
@@ -53,9 +54,10 @@ def summed_loss(
         _require_plain(batch)
         _mark(lora.adapted(model), batch.marks)
         logits = model(batch.rows)
-        return loss_of(logits.reshape(-1, logits.shape[-1])[batch.positions], *arrays)[0]
+        picked = logits.reshape(-1, logits.shape[-1])[batch.positions]
+        return loss_of(picked, *arrays)[0], picked
     picked = hidden_states(model, batch, passage)[batch.positions]
-    return loss_in_chunks(language, picked, batch.marks[batch.positions], loss_of, arrays, passage.chunk)
+    return loss_in_chunks(language, picked, batch.marks[batch.positions], loss_of, arrays, passage.chunk), picked
 
 
 def hidden_states(model: nn.Module, batch: Batch, passage: Passage = PLAIN) -> mx.array:

@@ -1,88 +1,146 @@
-"""The folder of a run: claimed once, and written so that no reader ever meets half a file."""
+"""The folder of a run: one run at a time, claimed once, and never half of a file in it."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_qlora.errors import RunFolderError
+from mlx_qlora.run import checkpoint, disk
 
+LOCK = ".lock"
 # What a run writes, and so what `overwrite` may take away. Nothing else in the folder is touched.
 _OWN_FILES = (
     "config.yaml", "training_metrics.jsonl", "training_metrics.json", "training_metrics.csv", "training_summary.json",
-    "answers.jsonl", "data_account.json", "chat_template.jinja",
+    "training_state.json", "answers.jsonl", "data_account.json", "chat_template.jinja",
 )  # fmt: skip
-_OWN_FOLDERS = ("adapters",)
+# What says how earlier starts of a run ended: it stays when a run begins anew of itself.
+_OF_ALL_STARTS = ("supervision.jsonl",)
+_OWN_FOLDERS = ("adapters", "bad_updates")
 
 
-def check_free(folder: Path, *, overwrite: bool) -> None:
+def check_free(folder: Path, *, overwrite: bool = False, resume: bool = False) -> None:
     """Raise if the folder can't be used: it holds another run, or is no folder. Changes nothing."""
-    if folder.exists() and not folder.is_dir():
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise RunFolderError(f"output_dir: {str(folder)!r} is not a name in UTF-8. Name another folder.") from None
+    if folder.is_symlink() and not _exists(folder):
+        raise RunFolderError(f"output_dir: {folder} is a link to {os.readlink(folder)}, where nothing is.")
+    if _exists(folder) and not folder.is_dir():
         raise RunFolderError(f"output_dir: {folder} is a file; name a folder.")
-    there = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    there = next((parent for parent in (folder, *folder.parents) if _exists(parent)), folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise RunFolderError(f"output_dir: {folder} can't be written: {there} is no folder that may be. Name another folder.")
-    held = [name for name in (*_OWN_FILES, *_OWN_FOLDERS) if (folder / name).exists()]
-    if held and not overwrite:
+    if not (overwrite or resume) and (held := held_by_a_run(folder)):
+        going_on = "go on with it with --resume, " if checkpoint.there(folder) else ""
         raise RunFolderError(
             f"output_dir: {folder} holds a run already ({', '.join(held[:3])}). "
-            "Name another folder with --output-dir, or replace that run with --overwrite."
+            f"Name another folder with --output-dir, {going_on}or replace that run with --overwrite."
         )
 
 
-def claim(folder: Path, *, overwrite: bool) -> None:
-    """Make the folder, without an earlier run's files."""
-    check_free(folder, overwrite=overwrite)
+def held_by_a_run(folder: Path) -> list[str]:
+    """What in the folder is of an earlier run."""
+    return [name for name in (*_OWN_FILES, *_OWN_FOLDERS) if _exists(folder / name)]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a name that is too long, or a folder that may not be looked into
+        return False
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and keep every other run out of it while inside. A crash leaves nothing to clean up: the lock is the
+    kernel's and goes away with the process. A folder that was not there goes away again if it stays empty."""
+    made = [each for each in (folder, *folder.parents) if not _exists(each)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in _OWN_FILES:
-            (folder / name).unlink(missing_ok=True)
-        for name in _OWN_FOLDERS:
-            shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / "adapters").mkdir()
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise RunFolderError(f"output_dir: {folder} can't be written: {error.strerror}. Name another folder.") from error
-
-
-def write_atomically(path: Path, content: str | Callable[[Path], object]) -> None:
-    """Write aside, flush to the disk, rename. `content` is the text, or a function that writes to a path."""
-    aside = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
-        if isinstance(content, str):
-            aside.write_text(content, encoding="utf-8")
-        else:
-            content(aside)
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is(file, folder / LOCK):  # its holder has just ended and taken it away, and another one may have it
+                raise BlockingIOError
+        except BlockingIOError:
+            raise RunFolderError(
+                f"output_dir: another run is training into {folder} right now ({_holder(folder)}). "
+                "Wait for it, stop it, or name another folder."
+            ) from None
+        except OSError:
+            pass  # a file system without locks, such as some network drives: nothing can be told there
+        try:
+            os.ftruncate(file, 0)
+            os.write(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}).encode())
+            yield
+        finally:
+            with suppress(OSError):
+                os.unlink(folder / LOCK)
     finally:
-        aside.unlink(missing_ok=True)
+        os.close(file)
+        with suppress(OSError):  # not empty: then it stays
+            for each in made:
+                each.rmdir()
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def _is(file: int, path: Path) -> bool:
+    """Whether an open file is the one of this name."""
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    return False
 
 
-def write_lines(path: Path, values: Sequence[Any]) -> None:
-    write_atomically(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+def _holder(folder: Path) -> str:
+    """Who has the lock, as far as that can be told."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads((folder / LOCK).read_text())
+        where = "" if found["host"] == socket.gethostname() else f" on {found['host']}"
+        return f"process {found['pid']}{where}, since {time.strftime('%H:%M:%S', time.localtime(found['since']))}"
+    return "its process is not known"
+
+
+def clear(folder: Path, of_all_starts: bool = True) -> None:
+    """Take an earlier run's files away."""
+    try:
+        for name in (*_OWN_FILES, *(_OF_ALL_STARTS if of_all_starts else ())):
+            (folder / name).unlink(missing_ok=True)
+        for name in _OWN_FOLDERS:
+            if (folder / name).is_symlink():
+                (folder / name).unlink()
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for each in checkpoint.there(folder):
+            disk.remove_folder(each)
+        checkpoint.sweep(folder)
+        (folder / "adapters").mkdir(parents=True)
+    except OSError as error:
+        raise RunFolderError(f"output_dir: {folder} can't be written: {error.strerror}. Name another folder.") from error
 
 
 def save_adapters(folder: Path, arrays: Mapping[str, mx.array], adapter_config: Mapping[str, Any]) -> None:
     """`adapters/` as mlx-lm loads it. The new weights replace the old ones in one step."""
     adapters = folder / "adapters"
     adapters.mkdir(exist_ok=True)
-    write_json(adapters / "adapter_config.json", adapter_config)
-    write_atomically(
-        adapters / "adapters.safetensors", lambda path: mx.save_safetensors(str(path), dict(arrays), {"format": "mlx"})
-    )
+    disk.write_json(adapters / "adapter_config.json", adapter_config)
+    disk.write_atomically(adapters / "adapters.safetensors", checkpoint.serialized(arrays))
 
 
 def load_adapters(folder: Path) -> dict[str, mx.array]:
-    arrays: dict[str, mx.array] = mx.load(str(folder / "adapters" / "adapters.safetensors"))  # type: ignore[assignment]
+    """The arrays in `adapters/`."""
+    path = folder / "adapters" / "adapters.safetensors"
+    arrays: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
     return arrays

@@ -1,38 +1,55 @@
-"""Ctrl-C and SIGTERM: the first asks the run to stop after the current update, the second ends it at once."""
+"""Signals: the first Ctrl-C, SIGTERM or SIGHUP asks the run to stop after the current update, the second ends it at once,
+and SIGUSR1 asks it to save now."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
+_STOP = ("SIGINT", "SIGTERM", "SIGHUP")  # the last one comes when a terminal is closed
+_SAVE = ("SIGUSR1",)
+_SAME_WISH_S = 0.5  # `timeout`, systemd and Slurm signal a process and its group: that is one wish, said twice
 
-class StopRequest:
-    """Whether somebody asked the run to stop."""
+
+class Asked:
+    """What somebody asked of the run."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.stop = False
+        self.save = False
+        self.at = 0.0
 
 
 @contextmanager
-def listening(on_ask: Callable[[], None]) -> Iterator[StopRequest]:
-    """Inside, a first SIGINT or SIGTERM only sets `asked`, so that no update is cut in half."""
-    request = StopRequest()
+def listening(on_stop: Callable[[], None]) -> Iterator[Asked]:
+    """Inside, a first signal to stop only sets `stop`, so that no update is cut in half."""
+    asked = Asked()
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if request.asked:
+    def stop(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if asked.stop and now - asked.at > _SAME_WISH_S:
             raise KeyboardInterrupt
-        request.asked = True
-        on_ask()
+        if asked.stop:
+            return
+        asked.stop, asked.at = True, now
+        with suppress(OSError, RuntimeError):  # the terminal is gone, or a print was interrupted
+            on_stop()
+
+    def save(number: int, frame: FrameType | None) -> None:
+        asked.save = True
 
     if threading.current_thread() is not threading.main_thread():
-        yield request  # signals belong to the main thread; elsewhere nothing changes
+        yield asked  # signals belong to the main thread; elsewhere nothing changes
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = dict.fromkeys(_STOP, stop) | dict.fromkeys(_SAVE, save)
+    numbers = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
+    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
     try:
-        yield request
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

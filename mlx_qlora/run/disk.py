@@ -1,0 +1,104 @@
+"""Files that are whole or not there: written aside, flushed to the disk, renamed.
+
+Everything that a run must not lose goes through the calls of `os` here, so that a test can let each of them fail.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+_FULL_FLUSH = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone leaves the bytes in the drive's own memory
+
+
+def flush(file: int) -> None:
+    """Make sure that what was written to a file is on the disk."""
+    if sys.platform == "darwin" and _FULL_FLUSH is not None:
+        with suppress(OSError):  # some file systems don't know it
+            fcntl.fcntl(file, _FULL_FLUSH)
+            return
+    os.fsync(file)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make sure that a folder's names are on the disk."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        flush(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no flush for folders
+            raise
+    finally:
+        os.close(file)
+
+
+def write_all(file: int, content: bytes | memoryview) -> None:
+    """Write to the last byte; a single `write` may take less."""
+    rest = memoryview(content)
+    while rest:
+        written = os.write(file, rest)
+        if not written:
+            raise OSError(errno.EIO, "nothing was written")
+        rest = rest[written:]
+
+
+def write_flushed(path: Path, content: bytes | memoryview) -> str:
+    """A new file, on the disk when this returns; gives the SHA-256 of the content."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        write_all(file, content)
+        flush(file)
+    finally:
+        os.close(file)
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A name to write to; what is there at the end takes the place of `path`, or goes away if something went wrong."""
+    name = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        yield name
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def write_atomically(path: Path, content: str | bytes, flushed: bool = True) -> None:
+    """No reader ever meets half of it; and if `flushed`, neither does one after a power cut."""
+    raw = content.encode() if isinstance(content, str) else content
+    with aside(path) as name:
+        if flushed:
+            write_flushed(name, raw)
+        else:
+            name.write_bytes(raw)
+    if flushed:
+        flush_folder(path.parent)
+
+
+def write_json(path: Path, value: Any, flushed: bool = True) -> None:
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", flushed)
+
+
+def write_lines(path: Path, values: Sequence[Any]) -> None:
+    write_atomically(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+
+
+def remove_folder(folder: Path) -> None:
+    """Take a folder away at once: under another name first, so that nobody takes what is left of it for a whole one."""
+    going = folder.with_name(f".{folder.name}.going")
+    shutil.rmtree(going, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.rename(folder, going)
+        shutil.rmtree(going, ignore_errors=True)
