@@ -1,6 +1,7 @@
 # make demo    a whole run on the embedded model and data, from nothing
 # make test    the test suite, from nothing
 # make flat    memory over 1,000 updates; `make test` makes 150
+# make kills   kills and faults in a training, each gone on with and compared (15 minutes); `make test` does some of them
 # make bench   the benchmarks, whose results are kept in benchmarks/results (about an hour)
 # make check   formatting, lint, types, then the tests: what CI runs
 
@@ -10,7 +11,7 @@ EXTRA ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test flat check format bench clean
+.PHONY: demo test flat kills check format bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/mlx-qlora train --demo --overwrite
@@ -20,6 +21,9 @@ test: $(VENV)/installed-dev
 
 flat: $(VENV)/installed-dev
 	MLX_QLORA_UPDATES=1000 $(BIN)/pytest tests/test_memory.py -k flat
+
+kills: $(VENV)/installed-dev
+	$(BIN)/python tests/kills.py
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -32,6 +36,9 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/prepare_million.py
 	$(BIN)/python benchmarks/memory_7b.py
 	$(BIN)/python benchmarks/kept_states.py
+	$(BIN)/python benchmarks/recorder.py
+	$(BIN)/python benchmarks/phases.py
+	$(BIN)/python benchmarks/saving.py
 	$(BIN)/python benchmarks/recorder.py
 
 format: $(VENV)/installed-dev

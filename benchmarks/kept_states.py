@@ -26,6 +26,7 @@ import mlx_qlora  # noqa: F401  (first: it loads the fast BLAS)
 # isort: split
 from mlx_qlora.bench.data import generated
 from mlx_qlora.bench.models import ModelShape, generate
+from mlx_qlora.build import build
 from mlx_qlora.config import RunConfig
 from mlx_qlora.engine.steps import nobody, steps
 from mlx_qlora.look.console import Console
@@ -33,7 +34,6 @@ from mlx_qlora.model import backend
 from mlx_qlora.model.load import load_tokenizer
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.records import StepReport
-from mlx_qlora.train import _prepare
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def lay_field(folder: Path, kind: str, updates: int) -> RunConfig:
 
 
 def begun(config: RunConfig) -> Iterator[StepReport]:
-    ready = _prepare(config, Console(quiet=True), nobody)
+    ready = build(config, Console(quiet=True), nobody)
     ready.loaded.model.train()
     return (report for report in steps(ready.engine(), ready.updates()) if isinstance(report, StepReport))
 

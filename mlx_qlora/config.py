@@ -137,6 +137,8 @@ class RunConfig(_Computing, GuardConfig, CheckpointConfig, OptimConfig, BatchCon
             ("output_dir", "--output-dir FOLDER", "for the adapters and all that the run writes"),
         ]
         lines = [f"  {flag:<26} {what}" for name, flag, what in missing if not getattr(self, name)]
+        if lines and self.resume and self.output_dir and not (Path(self.output_dir).expanduser() / "config.yaml").exists():
+            raise ConfigError(f"resume: there is no run in {self.output_dir} to go on with. Is the name of the folder right?")
         if lines:
             raise ConfigError(
                 "these are missing:\n" + "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +46,25 @@ class Keeper:
         self._saved_at = time.monotonic()
         self._last: tuple[int, int] | None = None  # (updates, batches) of what is being written, or was
         self._written: Path | None = None
-        self._back_to: Path | None = None  # the newest checkpoint of the schedule, which stays
+        self._back_to: list[Path] = []  # the newest that a run could go back to: they stay
         self._best_written: Arrays | None = None
-        self.problem = ""
+        self._scheduled = False  # whether the last one belongs to the schedule
+        self._over = False
+        self._settings = ""
+        self.problem = ""  # why the last one could not be written; empty if it was
 
     @property
     def newest(self) -> Path | None:
         """The last checkpoint that was written in full."""
         return self._written
 
-    def goes_on(self, found: Checkpoint) -> None:
-        """The run goes on from this one. What lies in adapters/ may be newer, so it is written once more."""
+    def goes_on(self, found: Checkpoint, settings: str) -> None:
+        """The run goes on from this one. What lies in adapters/ may be newer, so it is written once more; what was being
+        written or taken away when the run was killed goes."""
+        checkpoint.sweep(self.folder)
+        self._settings = settings  # config.yaml agrees with the newest checkpoint, or going on would be refused
         self._written, self._last = found.folder, checkpoint.place(found.folder)[:2]
-        back_to, _ = checkpoint.newest(self.folder, _scheduled)
-        self._back_to = back_to.folder if back_to else None
+        self._back_to = [each.folder for each in checkpoint.whole(self.folder) if _good(each)][:_BACK_TO]
 
     def scheduled(self, step: int, evaluation: EvalReport | None) -> bool:
         """Whether a checkpoint belongs after this update, whenever the run was begun or interrupted."""
@@ -72,9 +78,11 @@ class Keeper:
     def save(self, standing: Standing, model: nn.Module, optimizer: mlx.optimizers.Optimizer, scheduled: bool) -> None:
         """Begin to write a checkpoint; the one before is waited for."""
         self.wait()
+        self._scheduled = scheduled
         place = standing.state.step, standing.window.done if standing.window else 0
         if place == self._last and self._written is not None and not scheduled:
             return
+        self._saved_at = time.monotonic()
         try:
             if self._trunk:
                 self._trunk.kept.flush()  # what later updates would find there, they find there after a power cut too
@@ -88,15 +96,19 @@ class Keeper:
         name = checkpoint.name_of(standing.epoch, *place)
         now = self._now(standing, "training")
         best, best_step, lines = standing.best_adapters, standing.best_step, self._metrics.lines
-        self._last, self._saved_at = place, time.monotonic()
+        self._last = place
 
         def write() -> None:
             self._write_best(best)
-            copies(self.folder, lines)
             self._written = checkpoint.save(self.folder, name, state, arrays)
-            self._back_to = self._written if scheduled else self._back_to
-            checkpoint.rotate(self.folder, self.config.keep_checkpoints, best_step, self._back_to)
-            disk.write_json(self.folder / "training_state.json", now | {"checkpoint": self._written.name}, flushed=False)
+            if self._settings:
+                disk.write_atomically(self.folder / "config.yaml", self._settings)
+            if scheduled and state["healthy"]:
+                self._back_to = [self._written, *self._back_to][:_BACK_TO]
+            checkpoint.rotate(self.folder, self.config.keep_checkpoints, best_step, self._stay)
+            with suppress(OSError):  # for people and other tools; they come again with the next one, and at the end
+                copies(self.folder, lines)
+                disk.write_json(self.folder / "training_state.json", now | {"checkpoint": self._written.name}, flushed=False)
 
         self._saver.start(write)
 
@@ -114,23 +126,50 @@ class Keeper:
     def wait(self) -> None:
         """Wait for what is being written."""
         try:
-            self._saver.wait()
-            self.problem = ""
-        except OSError as error:
+            if self._saver.wait():
+                self.problem = ""
+        except (OSError, MemoryError) as error:  # a copy of the arrays is made for it
             self._last = None
             self._failed("a checkpoint", error)
 
-    def _failed(self, what: str, error: OSError) -> None:
-        self.problem = f"{what} could not be written: {error.strerror or error}"
-        there = f"the last whole one is {self._written.name}" if self._written else "there is none yet"
-        self.tell(f"WARNING: {self.problem}; {there}. Training goes on, and it is tried again.")
-
-    def last_good(self) -> Checkpoint | None:
-        """The newest checkpoint of the schedule: the same one however often the run was interrupted."""
+    def save_again(self, standing: Standing, model: nn.Module, optimizer: mlx.optimizers.Optimizer) -> None:
+        """At the end of a run: once more, if the last one could not be written. Raises if it still can't."""
         self.wait()
-        found, problems = checkpoint.newest(self.folder, _scheduled)
-        for problem in problems:
-            self.tell(problem)
+        self._over = True
+        if self.problem:
+            self.save(standing, model, optimizer, self._scheduled)
+            self.wait()
+        if self.problem:
+            raise OSError(f"{self.problem}; {self._last_whole}")
+
+    def _failed(self, what: str, error: OSError | MemoryError) -> None:
+        why = getattr(error, "strerror", None) or str(error) or "memory ended"
+        self.problem = f"{what} could not be written: {why}"
+        self._saved_at = time.monotonic() - 60 * (self.config.save_minutes - 1)  # tried again in a minute
+        if not self._over:
+            self.tell(f"WARNING: {self.problem}; {self._last_whole}. It is tried again.")
+
+    @property
+    def _stay(self) -> list[Path]:
+        """Checkpoints that are not rotated away, however old: the last one, and those that the run may go back to."""
+        return [*([self._written] if self._written else []), *self._back_to]
+
+    @property
+    def _last_whole(self) -> str:
+        return f"the last whole one is {self._written.name}" if self._written else "there is none yet"
+
+    def go_back(self, not_to: int | None) -> Checkpoint | None:
+        """The newest good checkpoint; where there is another, not that of update `not_to`, from which the run went wrong
+        before. Those after it are taken away: the run has another future now."""
+        self.wait()
+        good = [each for each in checkpoint.whole(self.folder) if _good(each)]
+        found = next((each for each in good if _step(each.folder) != not_to), good[0] if good else None)
+        if found is None:
+            return None
+        for path in checkpoint.there(self.folder):
+            if _step(path) > _step(found.folder):
+                disk.remove_folder(path)
+        self.goes_on(found, self._settings)
         return found
 
     def _now(self, standing: Standing, what: str) -> dict[str, Any]:
@@ -138,6 +177,7 @@ class Keeper:
         return {
             "state": what,
             "step": standing.state.step,
+            "planned_steps": self._facts["planned_steps"],
             "epoch": standing.epoch,
             "best": {"step": best[0].step, "val_loss": best[0].val_loss} if best else None,
             "stale": standing.monitor.stale,
@@ -147,13 +187,29 @@ class Keeper:
             "at": time.time(),
         }
 
+    def keep_best(self, standing: Standing) -> None:
+        """The best adapters, if their last writing failed; without a best, nothing."""
+        self._write_best(standing.best_adapters)
+
     def end(self, standing: Standing, how: str) -> None:
         """All is written that will be; says so in training_state.json."""
-        self.wait()
-        self._saver.close()
+        checkpoint.rotate(self.folder, self.config.keep_checkpoints, standing.best_step, self._stay)
+        checkpoint.sweep(self.folder)
         now = self._now(standing, how) | {"checkpoint": self._written.name if self._written else None}
         disk.write_json(self.folder / "training_state.json", now, flushed=False)
 
+    def close(self) -> None:
+        self._saver.close()
 
-def _scheduled(found: Checkpoint) -> bool:
-    return bool(found.state["scheduled"])
+
+_BACK_TO = 2
+
+
+def _good(found: Checkpoint) -> bool:
+    """Whether a run may go back to it: it belongs to the schedule, so that it is there however often the run was
+    interrupted, and its numbers were finite."""
+    return bool(found.state.get("scheduled") and found.state.get("healthy"))
+
+
+def _step(path: Path) -> int:
+    return checkpoint.place(path)[0]

@@ -13,13 +13,14 @@ import numpy as np
 
 from mlx_qlora.config import RunConfig
 from mlx_qlora.data.corpus import Corpus
-from mlx_qlora.data.layout import Kind, Layout, lay_out
+from mlx_qlora.data.layout import Kind, Layout, lay_out, smaller
 from mlx_qlora.data.shapes import Shapes
 from mlx_qlora.data.shapes import fit as fit_shapes
 from mlx_qlora.data.tree import common, sorted_by_tokens
 from mlx_qlora.engine.memory import Fit, Memory, MemoryConfig, fit
 from mlx_qlora.engine.optim import OptimConfig
-from mlx_qlora.errors import ConfigError, ModelError
+from mlx_qlora.engine.room import Room
+from mlx_qlora.errors import ConfigError, ModelError, OutOfMemoryError
 from mlx_qlora.foresee import Foresight, longest
 from mlx_qlora.look.evaluate import mean_loss
 from mlx_qlora.model import backend
@@ -223,11 +224,16 @@ def checked(plan: Plan, model: nn.Module, objective: Callable[[nn.Module, Batch]
     tolerance = _TOLERANCE.get(backend.compute_dtype(mx.bfloat16), _TOLERANCE_HALF)
 
     def problem(layout: Layout, first: int) -> str:
-        try:
-            batches: Sequence[Batch] = lay_out(few, layout)
+        def of(halvings: int) -> float:
+            batches: Sequence[Batch] = lay_out(few, smaller(layout, halvings))
             if first:
                 batches = [batch._replace(states=states_before(model, batch, first)) for batch in batches]
-            got = mean_loss(model, objective, batches)
+            return mean_loss(model, objective, batches)
+
+        try:
+            got = Room(layout.token_budget).within(of)
+        except OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a model's code makes of arrays that it did not expect
             return f"{type(error).__name__}: {error}".splitlines()[0]
         if math.isnan(plain) or abs(got - plain) <= tolerance * abs(plain):

@@ -128,6 +128,7 @@ class Window(NamedTuple):
     parts: int  # batches that it has
     gradients: Any  # a tree of sums
     loss: LossSum  # of the batches that are done
+    laid: int  # a checksum of all its batches: only in these very ones is what was done a part of the whole
 
 
 class Halfway(NamedTuple):

@@ -7,6 +7,7 @@ are compared.
 
 from __future__ import annotations
 
+import math
 import platform
 import random
 from collections.abc import Mapping
@@ -52,7 +53,7 @@ _AROUND = _names(CheckpointConfig) | {
 # How it is computed: the gradient stays, and the last bits of it do not.
 _COMPUTING = _names(LayoutConfig, MemoryConfig, StepConfig, MatmulConfig, TrunkCacheConfig) - _AROUND
 # Judged by what they give, the examples and the weights, and not by their names.
-_JUDGED = ({"model"} | _names(SourceConfig, RenderConfig)) - {"data_weights", "shuffle_buffer", "streaming"}
+_JUDGED = ({"model"} | _names(SourceConfig, RenderConfig)) - {"data_weights", "shuffle_buffer", "streaming"} - _AROUND
 # What makes sense to change in the middle of a run, if one wants to.
 _CHANGEABLE = {
     "epochs", "max_steps", "eval_every", "learning_rate", "schedule", "warmup_steps", "optimizer_options", "clip_grad_norm",
@@ -60,6 +61,15 @@ _CHANGEABLE = {
     "early_stopping.patience", "early_stopping.min_delta", "on_nonfinite", "max_skipped_updates", "max_skipped_share",
     "skipped_window", "rollback_factor", "max_rollbacks",
 }  # fmt: skip
+
+
+def require_format(checkpoint: Checkpoint) -> None:
+    """Refuse what another version wrote in another way."""
+    if checkpoint.state.get("format") != FORMAT:
+        raise ResumeError(
+            f"resume: {checkpoint.folder.name} has the format {checkpoint.state.get('format')}, and this version of mlx_qlora "
+            f"reads {FORMAT}. Go on with the version that wrote it, or start another run in another folder."
+        )
 
 
 def settings_changed(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
@@ -88,6 +98,13 @@ def settings_changed(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
             f"What to do: {', or '.join(ways)}."
         )
     return said
+
+
+def trained_otherwise(checkpoint: Checkpoint, config: RunConfig) -> bool:
+    """Whether a setting of training has changed since."""
+    before, now = flat(checkpoint.state["config"]), flat(config.plain())
+    names = (before.keys() | now.keys()) - _AROUND - _JUDGED - _COMPUTING
+    return any(before.get(name) != now.get(name) for name in names)
 
 
 def _shown(value: Any) -> str:
@@ -154,6 +171,7 @@ class Standing:
     best_adapters: Arrays | None = None  # of the best validation
     rate: float = 1.0  # by what the learning rate is multiplied, after the run went back
     rollbacks: int = 0
+    went_back_to: int | None = None  # the update of the checkpoint that it went back to last
     bad: int = 0  # files in bad_updates/
 
     def take(self, report: StepReport) -> None:
@@ -168,6 +186,12 @@ class Standing:
     @property
     def best(self) -> tuple[EvalReport, float] | None:
         return next((one for one in reversed(self.validations) if one[0].best), None)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the last update and the last validation gave finite numbers."""
+        skipped = bool(self.guard.recent) and self.guard.recent[-1]
+        return not skipped and (not self.validations or math.isfinite(self.validations[-1][0].val_loss))
 
     @property
     def best_step(self) -> int | None:
@@ -192,7 +216,7 @@ def to_keep(
     state = {
         "format": FORMAT,
         "state": asdict(standing.state),
-        "window": window and [window.done, window.parts],
+        "window": window and [window.done, window.parts, window.laid],
         "random": _random_state(),
         "monitor": asdict(standing.monitor),
         "guard": {"recent": list(standing.guard.recent), "losses": list(standing.guard.losses)},
@@ -203,6 +227,8 @@ def to_keep(
         "peak_memory_gb": standing.peak_memory_gb,
         "rate": standing.rate,
         "rollbacks": standing.rollbacks,
+        "went_back_to": standing.went_back_to,
+        "healthy": standing.healthy,
         "bad": standing.bad,
     }
     return state, arrays
@@ -224,9 +250,9 @@ def put_back(checkpoint: Checkpoint, standing: Standing, model: nn.Module, optim
     )
     standing.guard = replace(standing.guard, recent=tuple(kept["guard"]["recent"]), losses=tuple(kept["guard"]["losses"]))
     standing.validations = [(EvalReport(**report), epoch) for report, epoch in kept["validations"]]
-    for name in ("epoch", "tokens", "supervised_tokens", "peak_memory_gb", "rate", "rollbacks", "bad"):
+    for name in ("epoch", "tokens", "supervised_tokens", "peak_memory_gb", "rate", "rollbacks", "went_back_to", "bad"):
         setattr(standing, name, kept[name])
-    standing.best_adapters = (checkpoint.arrays("best_adapters") or adapters) if standing.validations else None
+    standing.best_adapters = (checkpoint.arrays("best_adapters") or adapters) if standing.best else None
     _put_random_state(kept["random"])
 
 
@@ -242,14 +268,14 @@ def _like(tree: Any, arrays: Arrays, checkpoint: Checkpoint) -> Any:
 
 
 def _window(checkpoint: Checkpoint, parameters: Any) -> Window | None:
-    done = checkpoint.state["window"]
-    if done is None:
+    if checkpoint.state["window"] is None:
         return None
+    done, parts, laid = checkpoint.state["window"]
     arrays = checkpoint.arrays("window")
     gradients = {name.removeprefix("gradients."): array for name, array in arrays.items() if name.startswith("gradients.")}
     metrics = {name.removeprefix("metrics."): array for name, array in arrays.items() if name.startswith("metrics.")}
     loss = LossSum(arrays["total"], arrays["weight"], metrics)
-    return Window(done[0], done[1], _like(parameters, gradients, checkpoint), loss)
+    return Window(done, parts, _like(parameters, gradients, checkpoint), loss, laid)
 
 
 def _flattened(tree: Any) -> Arrays:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import mlx_qlora  # noqa: F401  (first: it loads the fast BLAS)
@@ -15,12 +17,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_qlora.assets import embedded_data
 from mlx_qlora.data.layout import Kind, Layout
 from mlx_qlora.model import backend
 from mlx_qlora.model.load import Loaded, load
 from mlx_qlora.records import Example
 
 backend.reuse_memory()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background, and then inherited
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 3, "intermediate_size": 128, "num_attention_heads": 4,
@@ -63,6 +67,16 @@ def in_rows(rows: int) -> Layout:
 @pytest.fixture(params=list(SHAPES))
 def any_model(request: pytest.FixtureRequest) -> nn.Module:
     return tiny_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 22 training and 6 validation rows of the demo."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in (("train", 22), ("valid", 6)):
+        lines = (embedded_data() / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from mlx_qlora.look import autopsy, evidence
 from mlx_qlora.look.autopsy import Autopsy, explain
 from mlx_qlora.run import machine
 from mlx_qlora.run.recorder import NAME, Recorder, read
+from mlx_qlora.run.supervise import Death, _Journal
 
 BEGIN = """
 import ctypes, os, resource, signal, sys, time
@@ -296,13 +297,38 @@ def test_a_summary_alone_tells_too_but_not_of_a_later_run(folder: Path) -> None:
 
 
 def test_what_the_supervisor_did_is_told(folder: Path) -> None:
-    entry = {"when": 1.7e9, "how": "killed by SIGKILL", "phase": "backward", "update": 7, "budget_before": 4096}
-    lines = [json.dumps(entry | {"budget_after": 2048}), "half a li", json.dumps({})]
-    (folder / "supervision.jsonl").write_text("\n".join(lines))
+    """In the lines that it really writes; how it came to an end is none of its restarts."""
+    journal = _Journal(folder, lambda text: None)
+    journal.restart(Death("SIGKILL", "backward", 7, 4096, memory="short", next_budget=2048), 1, 3)
+    with (folder / "supervision.jsonl").open("a") as file:
+        file.write("half a li\n{}\n")
+    journal.restart(Death("hang", "save", 9, 2048, next_budget=2048), 2, 3)
+    journal.ended(0, 2)
     run(folder, "die()")
     found = explain(folder)
     assert told(found, "restarts  the supervisor has restarted it 2 times")
-    assert told(found, "killed by SIGKILL: update 7, backward; token budget 4096 -> 2048")
+    today = time.strftime("%Y-%m-%d")
+    lines = [line.strip() for line in found.lines if "update 7" in line or "update 9" in line]
+    assert [line[:10] for line in lines] == [today, today]
+    assert [line[21:] for line in lines] == ["SIGKILL: update 7, backward; token budget 4096 -> 2048", "hang: update 9, save"]
+    assert not told(found, "None")
+
+
+def test_what_was_saved_in_the_middle_of_an_update_counts(folder: Path) -> None:
+    """Advice to begin again, with --overwrite, would take it away."""
+    for each in folder.glob("checkpoint_*"):
+        each.unlink() if each.is_file() else each.rmdir()
+    run(folder, "recorder.enter('forward', update=1); die()")
+    for name in ("checkpoint_epoch0_step0_part3", "checkpoint_epoch0_step0_part12", "checkpoint_epoch0_step0_part12_again1"):
+        (folder / name).mkdir()
+        found = explain(folder)
+        assert told(found, f"saved     {name}")
+        assert "--resume" in tries(found)[0]
+
+
+def test_half_of_what_a_batch_had_and_not_of_what_it_could_have(folder: Path) -> None:
+    run(folder, "recorder.enter('forward', positions=600); die()")
+    assert any("--token-budget 300" in each for each in tries(explain(folder)))
 
 
 def test_before_anything_was_saved_it_begins_as_it_was_begun(tmp_path: Path) -> None:

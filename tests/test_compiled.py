@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_map
 
 from mlx_qlora.data.layout import BatchConfig, lay_out, updates
 from mlx_qlora.data.order import Order
@@ -21,7 +22,7 @@ from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.trunk import states_before
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.records import Batch, LossSum, Update
-from tests.conftest import in_rows, largest_difference, make_examples, randomize_adapters, tiny_model
+from tests.conftest import in_rows, largest_difference, make_examples, randomize_adapters, same_bytes, tiny_model
 from tests.test_layouts import LAYOUTS, family
 
 pytestmark = pytest.mark.skipif(
@@ -123,3 +124,24 @@ def test_an_update_that_was_made_is_reported_even_if_the_next_can_not_be_read() 
     with pytest.raises(OSError, match="the disk is gone"):
         next(running)
     assert own.optimizer.state["step"].item() == 2
+
+
+def test_an_update_that_fails_has_changed_nothing() -> None:
+    """Whatever fails, and wherever: here it is the evaluation of the finished update."""
+    own = engine(False)
+    planned = list(updates(InMemory(make_examples(4)), Order((4,), seed=0), BatchConfig(batch_size=2), in_rows(2), epochs=1))
+    running = steps(own, planned)
+    next(running)
+    before = tree_map(lambda a: a + 0, (own.model.trainable_parameters(), own.optimizer.state))
+    mx.eval(before)
+
+    def broken(phase: str, **facts: object) -> None:
+        if phase == "update":
+            own.optimizer.state = {"step": mx.array(7)}
+            own.model.update(tree_map(lambda a: a * 0, own.model.trainable_parameters()))
+            raise RuntimeError("[METAL] Command buffer execution failed: Caused GPU Timeout Error")
+
+    object.__setattr__(own, "enter", broken)
+    with pytest.raises(RuntimeError, match="Timeout"):
+        next(running)
+    assert same_bytes((own.model.trainable_parameters(), own.optimizer.state), before)

@@ -18,7 +18,7 @@ import pytest
 
 from mlx_qlora.run.child import Patience, Standing, Watch
 from mlx_qlora.run.recorder import Recorder
-from mlx_qlora.run.supervise import recorded, supervise
+from mlx_qlora.run.supervise import Death, _memory, recorded, supervise
 
 WAITING = Patience(pause_s=0.0, tick_s=0.02)
 QUICK = Patience(grace_s=0.3, beat_s=0.6, abort_s=0.5, pause_s=0.0, tick_s=0.02)  # where a hang is meant
@@ -582,3 +582,12 @@ recorder.end('finished')
     result.code = supervise(command(tmp_path, body), tmp_path, 5, result.said.append, patience=WAITING)
     assert (result.code, result.budgets) == (0, [0, 2048, 1024]), result.said
     assert [(line["how"], line["phase"], line["update"]) for line in result.journal[:-1]] == [("SIGKILL", "backward", 6)] * 2
+
+
+@pytest.mark.parametrize(
+    ("plenty", "before", "expected"), [(True, 0, ""), (True, 7, "likely"), (True, 3, ""), (False, 0, "likely")]
+)
+def test_a_kill_while_memory_is_free_is_not_of_memory_unless_it_comes_again(plenty: bool, before: int, expected: str) -> None:
+    said = Standing(1, "backward", 7, 4096, 0.0, 0.0, 1.0, memory_short=False, memory_plenty=plenty)
+    deaths = [Death("SIGKILL", "backward", before, 4096)] if before else []
+    assert _memory("SIGKILL", said, deaths) == expected

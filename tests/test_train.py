@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from mlx_qlora import LoraConfig, RunConfig, train
-from mlx_qlora.assets import embedded_data, embedded_model
+from mlx_qlora.assets import embedded_model
 from mlx_qlora.config import from_yaml
 from mlx_qlora.engine.stopping import EarlyStoppingConfig
 from mlx_qlora.errors import NonFiniteError, RunFolderError
@@ -27,16 +27,6 @@ from mlx_qlora.run.checkpoint import newest
 from mlx_qlora.run.metrics import COLUMNS, read_metrics
 
 CLI = [sys.executable, "-m", "mlx_qlora"]
-
-
-@pytest.fixture(scope="module")
-def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 22 training and 6 validation rows of the demo."""
-    folder = tmp_path_factory.mktemp("data")
-    for name, count in (("train", 22), ("valid", 6)):
-        lines = (embedded_data() / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mlx_qlora.bench.data import corpus_of, supervised
 from mlx_qlora.bench.settings import Spec, with_overrides
 from mlx_qlora.bench.turns import Finished, Turns, Work
+from mlx_qlora.build import build
 from mlx_qlora.config import RunConfig
 from mlx_qlora.data.order import groups
 from mlx_qlora.engine.steps import nobody, steps
@@ -26,7 +27,6 @@ from mlx_qlora.model.load import load, wired_memory
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.records import Batch, Example, StepReport, Update, depth
 from mlx_qlora.run import folder as run_folder
-from mlx_qlora.train import _prepare
 
 
 def run_config(spec: Spec) -> RunConfig:
@@ -55,7 +55,7 @@ def lora_config(spec: Spec) -> LoraConfig:
 
 def race(spec: Spec, turns: Turns) -> None:
     """The loop of `mlx_qlora.train.run`, without its validations."""
-    ready = _prepare(run_config(spec), Console(quiet=True), nobody)
+    ready = build(run_config(spec), Console(quiet=True), nobody)
     model = ready.loaded.model
     coming: deque[Update] = deque()  # the engine is an update ahead
     model.train()

@@ -13,7 +13,6 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,8 +94,9 @@ def _run(given: _Arguments) -> int:
 
 def _explained(run: Path) -> list[str]:
     """How a run ended, in words."""
-    told = import_module("mlx_qlora.look.autopsy").explain(run)
-    return list(told if isinstance(told, list) else told.lines)
+    from mlx_qlora.look.autopsy import explain  # late: it needs more than the checks do
+
+    return list(explain(run).lines)
 
 
 def _model_of(run: Path | None) -> str:

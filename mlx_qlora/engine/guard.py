@@ -11,7 +11,7 @@ from mlx_qlora.errors import require
 
 _LOSSES = 50  # the last ones, that a jump is measured against
 _FEWEST = 10  # before so many are known, nothing is a jump
-_NATS = 1.0  # by so much at least ...
+_NATS = 1.5  # by so much at least ...
 _SPREADS = 6.0  # ... and by so many standard deviations, estimated from the median deviation
 _TO_SIGMA = 1.4826
 
@@ -89,7 +89,7 @@ class Guard:
             return "an update"
         in_a_row = next((number for number, skipped in enumerate(reversed(self.recent)) if not skipped), len(self.recent))
         if in_a_row >= config.max_skipped_updates:
-            return f"{in_a_row} updates in a row"
+            return f"{in_a_row} updates in a row" if in_a_row > 1 else "an update"
         window = self.recent[-config.skipped_window :]
         if sum(window) >= max(3, config.max_skipped_share * config.skipped_window):
             return f"{sum(window)} of the last {len(window)} updates"

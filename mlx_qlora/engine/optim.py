@@ -121,7 +121,8 @@ def guarded_update(optimizer: mlx.optimizers.Optimizer, params: Any, grads: Any,
     finite = mx.isfinite(norm) & mx.isfinite(loss)
     if clip:
         grads = tree_map(lambda g: g * mx.minimum(1.0, clip / (norm + 1e-6)), grads)
-    before = tree_map(lambda array: array, optimizer.state)
+    before = optimizer.state
+    optimizer.state = tree_map(lambda array: array, before)  # MLX's optimizers write into theirs: what was there stays whole
     updated = optimizer.apply_gradients(grads, params)
     rate = optimizer.learning_rate
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol, cast
@@ -114,7 +115,7 @@ def steps(
     step_on = micro_step(engine)
     engine.optimizer.init(engine.model.trainable_parameters())
     if engine.rehearse and engine.lay_out:
-        engine.enter("rehearse")
+        engine.enter("batch", update=start.step + 1, budget=engine.room.now)
         engine.room.within(partial(_rehearse, engine, step_on))
     coming = _Coming(updates, start.halvings)
     state = start
@@ -166,13 +167,13 @@ def _made(
             engine.enter("update")
             return _applied(engine, loss, gradients), update
         except Exception as error:
+            model.update(before[0])  # whatever failed: it has changed nothing
+            optimizer.state = before[1]
             if engine.lay_out is None or not is_out_of_memory(error):
                 raise
             said = str(error)
         # Out here the error is gone, and with it all that its frames held.
         window = None
-        model.update(before[0])
-        optimizer.state = before[1]
         room.halve(said)
 
 
@@ -217,6 +218,7 @@ class _Coming:
 def _rehearse(engine: Engine, step_on: MicroStep, halvings: int) -> None:
     assert engine.lay_out is not None
     largest = max(engine.lay_out(engine.rehearse, halvings), key=lambda batch: batch.computed)
+    engine.enter("backward", shape=_shape(largest), positions=largest.computed, budget=engine.room.now)
     mx.eval(step_on(largest, dropout_key(engine.seed, 0)))
 
 
@@ -232,7 +234,7 @@ def _accumulated(
     accumulator = GradientAccumulator()
     whole: LossSum | None = None
     first = 0
-    if window is not None and window.parts == len(batches):  # else it was laid out otherwise: from its start
+    if window is not None and window.laid == _laid(batches):  # else it was laid out otherwise: from its start
         first, whole = window.done, window.loss
         accumulator.begin(window.gradients, window.loss.weight, window.done)
     built: tuple[LossSum, Any] | None = step_on(batches[first], key)
@@ -254,13 +256,23 @@ def _accumulated(
         mx.eval(grads)
         engine.enter("accumulate")
         accumulator.add(grads, loss.weight)
+        mx.eval(accumulator.gradients)
         whole = loss._replace(hidden=()) if whole is None else add_losses(whole, loss)
         del loss, grads
         if part + 1 < len(batches) and engine.asked():
             mx.eval(accumulator.gradients, whole)
-            yield Halfway(state, Window(part + 1, len(batches), accumulator.gradients, whole))
+            yield Halfway(state, Window(part + 1, len(batches), accumulator.gradients, whole, _laid(batches)))
     assert whole is not None, "an update has at least one batch"
     return whole, accumulator.take()
+
+
+def _laid(batches: Sequence[Batch]) -> int:
+    """A checksum of what lies in which batch. Another budget may give as many batches of the same examples, cut elsewhere."""
+    laid = len(batches)
+    for batch in batches:
+        for array in batch[:5]:
+            laid = zlib.crc32(np.array(array).tobytes(), zlib.crc32(repr(array.shape).encode(), laid))
+    return laid
 
 
 def _shape(batch: Batch) -> str:

@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,28 +185,36 @@ def _saved(found: Evidence) -> str:
 
 def _restarts(found: Evidence) -> list[str]:
     """What the supervisor did, the last three times."""
-    if not found.restarts:
+    deaths = [each for each in found.restarts if "phase" in each]  # the others say how it came to an end
+    if not deaths:
         return []
-    count = len(found.restarts)
-    lines = [f"the supervisor has restarted it {count} time{'s' if count > 1 else ''}"]
-    for each in found.restarts[-3:]:
+    count = sum(each.get("restart") is not None for each in deaths)
+    lines = [f"the supervisor has restarted it {count} time{'' if count == 1 else 's'}"]
+    for each in deaths[-3:]:
         before, after = each.get("budget_before"), each.get("budget_after")
         smaller = f"; token budget {before} -> {after}" if after is not None and after != before else ""
         where = ", ".join(str(part) for part in (f"update {each.get('update')}", each.get("phase")) if part)
-        lines.append(f"{_moment(each.get('when'))}  {each.get('how', 'it died')}: {where}{smaller}")
+        lines.append(f"{_moment(each.get('time'))}  {each.get('how', 'it died')}: {where}{smaller}".strip())
     return lines
 
 
 def _moment(when: object) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if isinstance(when, (int, float)) else str(when or "")
+    """The moment of a line of the supervisor's by the clock on the wall here."""
+    try:
+        return datetime.fromisoformat(str(when)).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except ValueError:
+        return ""
 
 
 # --- what to try
 
 
 def _remedies(found: Evidence, cause: str) -> list[Try]:
-    budget, length, rate = found.record.facts.get("budget"), found.config.get("max_seq_length"), _rate(found)
-    half = f"--token-budget {max(1, budget // 2) if isinstance(budget, int) else 2048}"
+    length, rate = found.config.get("max_seq_length"), _rate(found)
+    counts = [
+        found.record.facts.get(name) for name in ("budget", "positions")
+    ]  # half of a budget that is not filled is the same
+    half = f"--token-budget {max(1, min((each for each in counts if isinstance(each, int)), default=4096) // 2)}"
     smaller = Try(found.train(half), "half as many positions at once: less memory, the same gradient")
     checkpointed = Try(found.train(half, "--grad-checkpoint on"), "computes again instead of keeping: slower, much smaller")
     supervised = Try(found.train("--supervise 5"), "restarts by itself up to 5 times, smaller after too little memory")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import resource
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from mlx_qlora.findings import Finding, each_of, fail, ok, size, warn
 from mlx_qlora.model import backend
+from mlx_qlora.run.machine import available_memory as left_and_whole
 
 _MAC = sys.platform == "darwin"
 _OLDEST_MACOS = 14  # MLX's wheels are built for it
@@ -150,19 +150,8 @@ def _blas() -> Iterable[Finding]:
 
 def available_memory() -> int | None:
     """Bytes that could be had now without anything being pushed out; None where the system does not say."""
-    info = Path("/proc/meminfo")
-    if info.exists():
-        match = re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(encoding="utf-8"), re.MULTILINE)
-        free = int(match[1]) * 1024 if match else None
-        used = Path("/sys/fs/cgroup/memory.current")
-        if free is not None and used.exists():
-            free = min(free, backend.physical_memory() - int(used.read_text(encoding="utf-8")))
-        return free
-    # A Mac's vm_stat counts pages. Written by its manual: no Mac was at hand to try it.
-    said = _asked("vm_stat")
-    page = re.search(r"page size of (\d+)", said)
-    pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s+(\d+)", said, re.MULTILINE)
-    return sum(map(int, pages)) * int(page[1]) if page and pages else None
+    left, whole = left_and_whole()
+    return left if whole else None
 
 
 def _memory() -> Iterable[Finding]:

@@ -6,7 +6,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,11 +63,26 @@ class Console:
     def say(self, text: str = "") -> None:
         if self._quiet:
             return
-        if self._bar is not None:
-            self._bar.clear()
-        print(text, flush=True)
-        if self._bar is not None:
-            self._bar.refresh()
+        with self._lasting():
+            if self._bar is not None:
+                self._bar.clear()
+            print(text, flush=True)
+            if self._bar is not None:
+                self._bar.refresh()
+
+    @contextmanager
+    def _lasting(self) -> Iterator[None]:
+        """A run that trains goes on without its terminal: what it would say goes nowhere from then on."""
+        try:
+            yield
+        except OSError:
+            if not self._total:
+                raise
+            self._quiet, self._bar = True, None
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):  # a notebook's have no numbers
+                    os.dup2(nowhere, stream.fileno())
 
     def fact(self, name: str, *lines: str) -> None:
         """A name and what there is to say of it."""
@@ -162,7 +178,8 @@ class Console:
 
     def went_back(self, trouble: str, step: int, rate: float, number: int, most: int) -> None:
         self.say(
-            f"{trouble} were not finite: back to the checkpoint of update {step} with a learning rate of {rate:g} "
+            f"{trouble} with a loss or a gradient that is not finite: "
+            f"back to the checkpoint of update {step} with a learning rate of {rate:g} "
             f"({number} of at most {most} times)"
         )
         if self._bar is not None:
@@ -171,8 +188,9 @@ class Console:
     def step(self, report: StepReport) -> None:
         figures = f"loss {report.loss:.3f}, {report.tokens_per_second:,.0f} tok/s, {report.peak_memory_gb:.2f} GB"
         if self._bar is not None:
-            self._bar.set_postfix_str(figures, refresh=False)
-            self._bar.update()
+            with self._lasting():
+                self._bar.set_postfix_str(figures, refresh=False)
+                self._bar.update()
         elif time.monotonic() - self._last_line > _QUIET_S or report.step == self._begun.step + 1:
             self._last_line = time.monotonic()
             self.say(f"update {report.step}/{self._total}  {figures}, {_duration(self._left(report))} left")
@@ -195,7 +213,8 @@ class Console:
 
     def end_bar(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with self._lasting():
+                self._bar.close()
             self._bar = None
 
     def ended(self, how: str, steps: int, seconds: float) -> None:
@@ -233,7 +252,8 @@ class Console:
             ):
                 self.say(f"  {name:<9} {' '.join(text.split())[:100]}")
 
-    def where(self, folder: Path, model: str, interrupted: bool, checkpoint: Path | None = None) -> None:
+    def where(self, folder: Path, model: str, interrupted: Path | None = None) -> None:
+        """What lies where, and what comes next; `interrupted`: the checkpoint from which it goes on."""
         template = folder / "chat_template.jinja"
         self.say()
         self.fact(
@@ -248,8 +268,11 @@ class Console:
             ),
         )
         if interrupted:
-            saved = f"all of it is saved in {checkpoint.name}; " if checkpoint else "no checkpoint could be written; "
-            self.fact("next", f"{saved}to go on:", f"mlx-qlora train --output-dir {shlex.quote(str(folder))} --resume")
+            self.fact(
+                "next",
+                f"all of it is saved in {interrupted.name}; to go on:",
+                f"mlx-qlora train --output-dir {shlex.quote(str(folder))} --resume",
+            )
             return
         path = _from_here(embedded_model()) if model == EMBEDDED else model
         self.fact("next", f'mlx_lm.generate --model {path} --adapter-path {folder / "adapters"} --prompt "..."')

@@ -127,9 +127,15 @@ def _changed(path: Path) -> float:
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    return max(filter(step_of, folder.glob("checkpoint_epoch*_step*")), key=step_of, default=None)
+    found = {_place(path): path for path in folder.glob("checkpoint_epoch*_step*") if path.is_dir()}
+    return max(((place, path) for place, path in found.items() if place), default=(None, None))[1]
 
 
 def step_of(path: Path) -> int:
-    match = re.fullmatch(r"checkpoint_epoch\d+_step(\d+)", path.name)
-    return int(match[1]) if match and path.is_dir() else 0
+    return (_place(path) or (0,))[0]
+
+
+def _place(path: Path) -> tuple[int, ...] | None:
+    """As `run.checkpoint.place`, which is not asked because it needs MLX: updates, batches of the next, times again."""
+    match = re.fullmatch(r"checkpoint_epoch\d+_step(\d+)(?:_part(\d+))?(?:_again(\d+))?", path.name)
+    return tuple(int(number or 0) for number in match.groups()) if match else None

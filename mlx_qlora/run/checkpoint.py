@@ -13,8 +13,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ def name_of(epoch: float, step: int, part: int = 0) -> str:
 
 def save(folder: Path, name: str, state: Mapping[str, Any], arrays: Mapping[str, Arrays]) -> Path:
     """Write a checkpoint into the folder of a run. One that is there already under this name stays, whatever happens."""
-    again = sum(1 for each in there(folder) if each.name.split("_again")[0] == name)
-    name += f"_again{again}" if again else ""
+    before = [place(each)[2] for each in there(folder) if each.name.split("_again")[0] == name]
+    name += f"_again{max(before) + 1}" if before else ""
     final, making = folder / name, folder / f".{name}.tmp"
     shutil.rmtree(making, ignore_errors=True)
     os.mkdir(making)
@@ -137,7 +138,10 @@ def place(checkpoint: Path) -> tuple[int, int, int]:
 def verified(path: Path) -> Checkpoint:
     """A checkpoint whose every byte is what was written; `ValueError` says what is not."""
     try:
-        listed = dict(_sum_of(line) for line in (path / SUMS).read_text(encoding="ascii").splitlines())
+        *lines, rest = (path / SUMS).read_bytes().decode("ascii").split("\n")
+        if rest:
+            raise ValueError(f"{SUMS} is damaged")
+        listed = dict(map(_sum_of, lines))
         for name, expected in listed.items():
             with (path / name).open("rb") as file:
                 if _digest(file) != expected:
@@ -145,6 +149,8 @@ def verified(path: Path) -> Checkpoint:
         if STATE not in listed:
             raise ValueError(f"{SUMS} does not name {STATE}")
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or not isinstance(state.get("files"), list):
+            raise ValueError(f"{STATE} names no files")
         missing = [name for name in state["files"] if name not in listed]
         if missing:
             raise ValueError(f"{SUMS} does not name {', '.join(missing)}")
@@ -169,27 +175,32 @@ def _digest(file: Any) -> str:
     return digest.hexdigest()
 
 
-def newest(folder: Path, wanted: Callable[[Checkpoint], bool] = lambda _: True) -> tuple[Checkpoint | None, list[str]]:
-    """(the newest checkpoint that verifies and is wanted, what was wrong with those that were passed over)."""
-    problems = []
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """(the newest checkpoint that verifies, what was wrong with those that were passed over)."""
+    problems: list[str] = []
     for path in there(folder):
         try:
-            found = verified(path)
+            return verified(path), problems
         except ValueError as error:
             problems.append(f"{path.name} is damaged and passed over: {error}")
-            continue
-        if wanted(found):
-            return found, problems
     return None, problems
 
 
-def rotate(folder: Path, keep: int, best_step: int | None, also: Path | None = None) -> None:
-    """Take old checkpoints away; the newest stay, and the one of the best validation, and one that is named."""
+def whole(folder: Path) -> Iterator[Checkpoint]:
+    """The checkpoints that verify, the newest first."""
+    for path in there(folder):
+        with suppress(ValueError):
+            yield verified(path)
+
+
+def rotate(folder: Path, keep: int, best_step: int | None, also: Sequence[Path] = ()) -> None:
+    """Take old checkpoints away; the newest stay, and the one of the best validation, and those that are named."""
     found = there(folder)
     best = next((each for each in found if place(each)[:2] == (best_step, 0)), None)
     for each in found[keep:]:
-        if each not in (best, also):
-            remove_folder(each)
+        if each != best and each not in also:
+            with suppress(OSError):  # it costs room; the next time it is tried again
+                remove_folder(each)
 
 
 def sweep(folder: Path) -> None:
@@ -211,11 +222,12 @@ class Saver:
         assert self._working is None, "wait() comes first"
         self._working = self._thread.submit(work)
 
-    def wait(self, only_if_done: bool = False) -> None:
-        """Wait for the work, and raise what went wrong with it."""
-        if self._working is not None and (not only_if_done or self._working.done()):
-            working, self._working = self._working, None
+    def wait(self) -> bool:
+        """Wait for the work, and raise what went wrong with it; says whether there was any."""
+        working, self._working = self._working, None
+        if working is not None:
             working.result()
+        return working is not None
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)

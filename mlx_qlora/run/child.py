@@ -40,6 +40,7 @@ class Standing:
     beat_at: float  # wall clock of the last heartbeat; 0: there is none
     limit_s: float  # the longest that the phase should take; 0: nobody knows
     memory_short: bool
+    memory_plenty: bool = False  # most of it was left at the last heartbeat
 
 
 @dataclass(frozen=True)

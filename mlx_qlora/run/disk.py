@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -53,13 +54,18 @@ def write_all(file: int, content: bytes | memoryview) -> None:
 
 def write_flushed(path: Path, content: bytes | memoryview) -> str:
     """A new file, on the disk when this returns; gives the SHA-256 of the content."""
+    _write(path, content, flushed=True)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write(path: Path, content: bytes | memoryview, flushed: bool) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         write_all(file, content)
-        flush(file)
+        if flushed:
+            flush(file)
     finally:
         os.close(file)
-    return hashlib.sha256(content).hexdigest()
 
 
 @contextmanager
@@ -79,16 +85,22 @@ def write_atomically(path: Path, content: str | bytes, flushed: bool = True) -> 
     """No reader ever meets half of it; and if `flushed`, neither does one after a power cut."""
     raw = content.encode() if isinstance(content, str) else content
     with aside(path) as name:
-        if flushed:
-            write_flushed(name, raw)
-        else:
-            name.write_bytes(raw)
+        _write(name, raw, flushed)
     if flushed:
         flush_folder(path.parent)
 
 
 def write_json(path: Path, value: Any, flushed: bool = True) -> None:
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", flushed)
+    """JSON knows no NaN and no infinity: they are null, so that every reader reads it."""
+    write_atomically(path, json.dumps(_known(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n", flushed)
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _known(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_lines(path: Path, values: Sequence[Any]) -> None:

@@ -55,6 +55,15 @@ def held_by_a_run(folder: Path) -> list[str]:
     return [name for name in (*_OWN_FILES, *_OWN_FOLDERS) if _exists(folder / name)]
 
 
+def has_validated(folder: Path) -> bool:
+    """Whether a run that ended here found a best model: something that would be missed."""
+    try:
+        summary = json.loads((folder / "training_summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(isinstance(summary, dict) and summary.get("best"))
+
+
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
@@ -69,6 +78,9 @@ def locked(folder: Path) -> Iterator[None]:
     made = [each for each in (folder, *folder.parents) if not _exists(each)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for each in made:
+            with suppress(OSError):  # a folder that may not be read
+                disk.flush_folder(each.parent)
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise RunFolderError(f"output_dir: {folder} can't be written: {error.strerror}. Name another folder.") from error

@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -47,9 +47,36 @@ def listening(on_stop: Callable[[], None]) -> Iterator[Asked]:
         return
     handlers = dict.fromkeys(_STOP, stop) | dict.fromkeys(_SAVE, save)
     numbers = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
-    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
-    try:
+    # `nohup` and `trap ''` mean that a signal to stop is not to be heard. A supervised run begins with SIGUSR1 ignored.
+    heard = {number: handler for number, handler in numbers.items() if handler is save or not _ignored(number)}
+    with _handled(heard):
         yield asked
+
+
+@contextmanager
+def unhurt() -> Iterator[None]:
+    """Inside, SIGUSR1 does nothing while nobody listens to it, as a run loads or answers: by default it ends a process."""
+    numbers = {getattr(signal, name) for name in _SAVE if hasattr(signal, name)}
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with _handled({number: _nothing for number in numbers if signal.getsignal(number) == signal.SIG_DFL}):
+        yield
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """A handler, and not SIG_IGN, which processes that are started meanwhile would have too."""
+
+
+def _ignored(number: int) -> bool:
+    return signal.getsignal(number) == signal.SIG_IGN
+
+
+@contextmanager
+def _handled(handlers: Mapping[int, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set by Python

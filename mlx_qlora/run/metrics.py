@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_qlora.records import EvalReport, StepReport
-from mlx_qlora.run.disk import flush, write_all, write_atomically
+from mlx_qlora.run.disk import flush, flush_folder, write_all, write_atomically
 
 NAME = "training_metrics"
 COLUMNS = (
@@ -42,6 +42,7 @@ class MetricsWriter:
         self.problem = ""
         path = folder / f"{NAME}.jsonl"
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if position else os.O_TRUNC), 0o666)
+        flush_folder(folder)  # no checkpoint may be there without it
         self._end = 0
         if position:
             self._continue(position)
@@ -76,18 +77,27 @@ class MetricsWriter:
         self._write_waiting()
         if self._unwritten:
             raise OSError(f"{NAME}.jsonl can't be written: {self.problem}")
-        flush(self._file)
+        try:
+            flush(self._file)
+        except OSError:  # the system may have thrown away what it could not write: all of it is written once more
+            self._unwritten, self._end, self._digest = b"".join(map(_raw, self._lines)), 0, hashlib.sha256()
+            raise
         return {"lines": len(self._lines), "bytes": self._end, "sha256": self._digest.hexdigest()}
 
-    def close(self) -> None:
+    def finish(self) -> None:
+        """Write what is left; raises if that can't be."""
         self._write_waiting()
+        if self._unwritten:
+            raise OSError(self.problem)
+
+    def close(self) -> None:
         os.close(self._file)
 
     def _write_waiting(self) -> None:
         if self._waiting is not None:
             ordered = {name: self._waiting[name] for name in COLUMNS if name in self._waiting}
             self._lines.append(ordered | self._waiting)
-            self._unwritten += (json.dumps(self._lines[-1]) + "\n").encode()
+            self._unwritten += _raw(self._lines[-1])
             self._waiting = None
         if not self._unwritten:
             return
@@ -124,6 +134,10 @@ def read_metrics(folder: Path) -> list[Line]:
     """The lines of a run, finished or not; a last line that is still being written is left out."""
     text = (folder / f"{NAME}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _raw(line: Line) -> bytes:
+    return (json.dumps(line) + "\n").encode()
 
 
 def _read(raw: bytes) -> Line | None:

@@ -29,7 +29,7 @@ COMPUTING = frozenset({"forward", "loss", "backward", "accumulate", "update", "e
 # to (SIGSEGV), by an exception that nobody can catch on Metal's threads (SIGABRT).
 _OF_MEMORY = frozenset({"SIGKILL", "SIGSEGV", "SIGABRT"})
 _HANG = "hang"
-_LITTLE = 0.05  # of the memory of the machine, or of the container
+_LITTLE, _PLENTY = 0.05, 0.5  # of the memory of the machine, or of the container
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def recorded(folder: Path) -> Standing | None:
         beat_at=0.0 if over else float(record.beat.get("at", 0.0)),
         limit_s=0.0 if over else record.limit_s,
         memory_short=_short(record.beat),
+        memory_plenty=record.beat.get("available", 0) > _PLENTY * record.beat.get("total", 0) > 0,
     )
 
 
@@ -130,7 +131,7 @@ def supervise(
                 code = end.code if end.code in _DECIDED else INTERRUPTED
                 journal.ended(code, len(deaths))
                 return code
-            death = _judge(end, budget)
+            death = _judge(end, budget, deaths)
             reason = _hopeless([*deaths, death], times)
             deaths.append(death)
             if reason:
@@ -171,7 +172,7 @@ def _attend(child: Child, standing: Callable[[], Standing | None], signals: dequ
         time.sleep(patience.tick_s)
 
 
-def _judge(end: _End, asked: int | None) -> Death:
+def _judge(end: _End, asked: int | None, before: Sequence[Death]) -> Death:
     said = end.standing
     budget = (said.budget if said else 0) or asked
     how = _HANG if end.hung else f"exit {end.code}" if end.code >= 0 else _name(-end.code)
@@ -180,16 +181,21 @@ def _judge(end: _End, asked: int | None) -> Death:
         phase=said.phase if said else "",
         update=said.update if said else 0,
         budget=budget,
-        memory=_memory(how, said),
+        memory=_memory(how, said, before),
         detail=end.hung or "",
     )
     return replace(death, next_budget=max(FLOOR, budget // 2) if death.too_large and budget else asked)
 
 
-def _memory(how: str, said: Standing | None) -> str:
+def _memory(how: str, said: Standing | None, before: Sequence[Death]) -> str:
+    """Whether memory was why. A SIGKILL while most of it was free is somebody's `kill -9`, unless it comes again there."""
     if said is None or how == _HANG:
         return ""
-    return "short" if said.memory_short else "likely" if how in _OF_MEMORY and said.phase in COMPUTING else ""
+    if said.memory_short:
+        return "short"
+    again = bool(before) and (before[-1].how, before[-1].update) == (how, said.update)
+    somebody = how == "SIGKILL" and said.memory_plenty and not again
+    return "likely" if how in _OF_MEMORY and said.phase in COMPUTING and not somebody else ""
 
 
 def _hopeless(deaths: Sequence[Death], times: int) -> str | None:
