@@ -155,7 +155,7 @@ def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
         checkpoints.sweep(folder)
     else:
         run_folder.clear(folder, of_all_starts=config.overwrite)
-    if not found:  # of a run that goes on, once a checkpoint has the new settings
+        # That of a run that goes on is written once a checkpoint has the new settings.
         disk.write_atomically(folder / "config.yaml", _as_kept(config).to_yaml())
     disk.write_json(folder / "data_account.json", account.to_json())
     if corpus.renderer.brought_template:
