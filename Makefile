@@ -1,4 +1,5 @@
 # make demo    a whole run on the embedded model and data, from nothing
+# make v1-v2   a run that overfits, one that does not, and what made the difference (5 minutes)
 # make test    the test suite, from nothing
 # make flat    memory over 1,000 updates; `make test` makes 150
 # make kills   kills and faults in a training, each gone on with and compared (15 minutes); `make test` does some of them
@@ -11,13 +12,29 @@ EXTRA ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test flat kills check format bench clean
+# Two files of tests at a time; what computes in each is on one thread.
+TESTS := MKL_NUM_THREADS=1 KMP_BLOCKTIME=0 $(BIN)/pytest --numprocesses 2 --dist loadfile
+
+.PHONY: demo v1-v2 test flat kills check format bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/mlx-qlora train --demo --overwrite
 
+# Both see 2,544 chats in all: V1 24 times the same 106, V2 three times 848. The third run has V2's settings and V1's chats.
+STORY := runs/v1-v2
+v1-v2: $(VENV)/installed-story
+	mkdir -p $(STORY)/few
+	head -n 106 data/train.jsonl > $(STORY)/few/train.jsonl
+	cp data/valid.jsonl $(STORY)/few/
+	$(BIN)/mlx-qlora train --config examples/club-v1.yaml --overwrite
+	$(BIN)/mlx-qlora train --config examples/club-v2.yaml --overwrite --data $(STORY)/few --epochs 24 --output-dir $(STORY)/v2-few
+	$(BIN)/mlx-qlora train --config examples/club-v2.yaml --overwrite
+	for run in v1 v2-few v2; do $(BIN)/mlx-qlora evaluate --run $(STORY)/$$run --split valid --max-answer-tokens 32 --no-base; done
+	$(BIN)/mlx-qlora compare $(STORY)/v1 $(STORY)/v2-few $(STORY)/v2 --output-dir $(STORY)/compared
+	$(BIN)/mlx-qlora report $(STORY)/v1 $(STORY)/v2-few $(STORY)/v2 --output $(STORY)/report.html
+
 test: $(VENV)/installed-dev
-	$(BIN)/pytest
+	$(TESTS)
 
 flat: $(VENV)/installed-dev
 	MLX_QLORA_UPDATES=1000 $(BIN)/pytest tests/test_memory.py -k flat
@@ -29,7 +46,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(TESTS)
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/frozen_matmul.py
@@ -39,7 +56,6 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/recorder.py
 	$(BIN)/python benchmarks/phases.py
 	$(BIN)/python benchmarks/saving.py
-	$(BIN)/python benchmarks/recorder.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
@@ -49,6 +65,10 @@ $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed; this is " + sys.version.split()[0] + ". Name one: make demo PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[$(EXTRA)]"
+	@touch $@
+
+$(VENV)/installed-story: $(VENV)/installed pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[$(EXTRA),plots,scores]"
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed pyproject.toml

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from mlx_qlora.config import RunConfig
     from mlx_qlora.engine.accumulate import GradientAccumulator
     from mlx_qlora.engine.stopping import EarlyStoppingConfig, EarlyStoppingMonitor
+    from mlx_qlora.look.comparison.compare import compare
+    from mlx_qlora.look.history import read_history
+    from mlx_qlora.look.pictures.live import curves, live_curves
     from mlx_qlora.model.load import load
     from mlx_qlora.model.lora import LoraConfig, dropout_keys
     from mlx_qlora.model.lora import attach as attach_lora
+    from mlx_qlora.model.trunk import supervised_logits
     from mlx_qlora.objectives.losses import next_token_cross_entropy
     from mlx_qlora.train import run as train
 
@@ -31,9 +35,14 @@ _PUBLIC = {
     "LoraConfig": ("mlx_qlora.model.lora", "LoraConfig"),
     "RunConfig": ("mlx_qlora.config", "RunConfig"),
     "attach_lora": ("mlx_qlora.model.lora", "attach"),
+    "compare": ("mlx_qlora.look.comparison.compare", "compare"),
+    "curves": ("mlx_qlora.look.pictures.live", "curves"),
     "dropout_keys": ("mlx_qlora.model.lora", "dropout_keys"),
+    "live_curves": ("mlx_qlora.look.pictures.live", "live_curves"),
     "load": ("mlx_qlora.model.load", "load"),
     "next_token_cross_entropy": ("mlx_qlora.objectives.losses", "next_token_cross_entropy"),
+    "read_history": ("mlx_qlora.look.history", "read_history"),
+    "supervised_logits": ("mlx_qlora.model.trunk", "supervised_logits"),
     "train": ("mlx_qlora.train", "run"),
 }
 __all__ = [
@@ -43,9 +52,14 @@ __all__ = [
     "LoraConfig",
     "RunConfig",
     "attach_lora",
+    "compare",
+    "curves",
     "dropout_keys",
+    "live_curves",
     "load",
     "next_token_cross_entropy",
+    "read_history",
+    "supervised_logits",
     "train",
 ]
 

@@ -141,6 +141,7 @@ def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
     enter("plan")
     total, per_epoch = _length(config, corpus, batch)
     eval_every = config.eval_every or max(1, (per_epoch or total) // 4)
+    enter("plan", planned=total, eval_every=eval_every)  # for whoever looks on from outside
     console.plan(optim_config, batch.examples_per_update, per_epoch, total, eval_every)
     keeping = config.part(TrunkCacheConfig)
     plan = choose(chosen, loaded.model, corpus, first=first_kept(keeping, loaded.model))

@@ -33,6 +33,7 @@ from mlx_qlora.engine.steps import StepConfig
 from mlx_qlora.engine.stopping import EarlyStoppingConfig
 from mlx_qlora.errors import ConfigError, all_problems, require
 from mlx_qlora.files import yaml_tree
+from mlx_qlora.look.tracking.trackers import TrackerConfig
 from mlx_qlora.model.activations import TrunkCacheConfig
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.matmul import MatmulConfig
@@ -101,7 +102,9 @@ class _Computing(TrunkCacheConfig, MatmulConfig, StepConfig, MemoryConfig, Layou
 
 
 @dataclass(frozen=True)
-class RunConfig(_Computing, GuardConfig, CheckpointConfig, OptimConfig, BatchConfig, RenderConfig, SourceConfig, WholeRun):
+class RunConfig(
+    _Computing, TrackerConfig, GuardConfig, CheckpointConfig, OptimConfig, BatchConfig, RenderConfig, SourceConfig, WholeRun
+):
     """All the settings of a run. The parts' own stand flat in it; adapters and early stopping are groups."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -117,6 +120,7 @@ class RunConfig(_Computing, GuardConfig, CheckpointConfig, OptimConfig, BatchCon
                 OptimConfig,
                 GuardConfig,
                 CheckpointConfig,
+                TrackerConfig,
                 LayoutConfig,
                 MemoryConfig,
                 StepConfig,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,3 +80,42 @@ def _unfolded(root: yaml.Node) -> Iterator[yaml.Node]:
             waiting += [each for pair in reversed(node.value) for each in reversed(pair)]
         elif isinstance(node, yaml.SequenceNode):
             waiting += reversed(node.value)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """An object in a file that may be missing, damaged, or half written; then it is empty."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of lines, without those that can't be read: the last one may be half written."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # texts in JSON may hold other ends of lines
+    except OSError:
+        return []
+    values = []
+    for line in lines:
+        try:
+            values.append(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+    return [value for value in values if isinstance(value, dict)]
+
+
+def yaml_object(path: Path) -> dict[str, Any]:
+    """What a YAML file holds, which may be missing or damaged; then it is empty."""
+    try:
+        root = yaml_tree(path)
+    except ConfigError:
+        return {}
+    if root is None:
+        return {}
+    try:
+        value = yaml.SafeLoader("").construct_document(root)
+    except (yaml.YAMLError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

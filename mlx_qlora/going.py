@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_qlora.build import Ready
+from mlx_qlora.config import flat
 from mlx_qlora.data.layout import lay_out
 from mlx_qlora.engine.guard import Guard, GuardConfig
 from mlx_qlora.engine.memory import cache_limit
@@ -19,9 +20,11 @@ from mlx_qlora.engine.stopping import EarlyStoppingMonitor
 from mlx_qlora.errors import NonFiniteError, RunFolderError
 from mlx_qlora.keep import Keeper
 from mlx_qlora.look.console import Console
-from mlx_qlora.look.evaluate import mean_loss
-from mlx_qlora.look.gap import analyse
+from mlx_qlora.look.gap import GapAnalysis, analyse
+from mlx_qlora.look.measure import Measured, measure
 from mlx_qlora.look.suspects import MOST, suspects
+from mlx_qlora.look.tracking.tools import Opening
+from mlx_qlora.look.tracking.trackers import TrackerConfig, Trackers
 from mlx_qlora.model import backend, lora
 from mlx_qlora.model.load import wired_memory
 from mlx_qlora.records import Batch, EvalReport, Example, StepReport, Update
@@ -67,6 +70,7 @@ class Going:
         )
         if ready.checkpoint:
             self.keeper.goes_on(ready.checkpoint, ready.settings)
+        self.trackers = self._trackers()
 
     def __enter__(self) -> Going:
         ready, console = self.ready, self.console
@@ -75,6 +79,7 @@ class Going:
         ready.loaded.model.train()
         self._stack.enter_context(wired_memory(ready.loaded.model))
         self._stack.enter_context(cache_limit(ready.cache))
+        console.trackers(self.trackers.begin())
         self.asked = self._stack.enter_context(
             listening(lambda: console.say("stopping after this update, and saving; once more: at once"))
         )
@@ -105,6 +110,7 @@ class Going:
                 self.console.kept(ready.kept.kept)
                 ready.kept.kept.close()
             self._stack.close()
+            self.trackers.end(self.ended, self.summary(), at_once=isinstance(error, KeyboardInterrupt))
 
     def _write_the_rest(self, over: bool) -> dict[str, str]:
         """All that is left to write; each part is tried twice, whatever became of the others. Gives what could not be
@@ -133,6 +139,14 @@ class Going:
             "training_summary.json": lambda: disk.write_json(ready.folder / "training_summary.json", self.summary()),
         }
         return {what: problem for what, write in left.items() if (problem := _problem(write) and _problem(write))}
+
+    def _trackers(self) -> Trackers:
+        """Whoever else is told the figures; they follow the metrics' lines by themselves."""
+        ready, config, found = self.ready, self.ready.config.part(TrackerConfig), self.ready.checkpoint
+        others = found is not None and trained_otherwise(found, ready.config)  # the updates from here on are others
+        opening = Opening(ready.folder, config.tracker_project, flat(ready.facts["config"]), {})
+        most = found.state["metrics"]["lines"] if found and others else None
+        return Trackers(config.trackers, opening, self.metrics.since, most, self.console.say)
 
     def engine(self) -> Engine:
         """What makes the updates from where the run stands."""
@@ -188,19 +202,19 @@ class Going:
     def evaluate(self, report: StepReport) -> EvalReport:
         """The losses on validation data and on the fixed sample, by the same function."""
         ready, standing = self.ready, self.standing
-        val_loss, train_loss = (self._mean_loss(which) for which in (ready.valid, ready.train_sample))
-        standing.monitor = standing.monitor.update(val_loss)
-        best = standing.monitor.is_extreme
-        evaluation = EvalReport(report.step, val_loss, train_loss, best, standing.monitor.stale)
+        val, train = (self._measured(which) for which in (ready.valid, ready.train_sample))
+        standing.monitor = standing.monitor.update(val.mean)
+        best, stale = standing.monitor.is_extreme, standing.monitor.stale
+        evaluation = EvalReport(report.step, val.mean, train.mean, best, stale, val.error, train.error)
         standing.validations.append((evaluation, report.epoch))
         if best:
             standing.best_adapters = dict(lora.adapter_arrays(ready.loaded.model))
         return evaluation
 
-    def _mean_loss(self, examples: Sequence[Example]) -> float:
-        def of(halvings: int) -> float:
+    def _measured(self, examples: Sequence[Example]) -> Measured:
+        def of(halvings: int) -> Measured:
             batches = lay_out(examples, self.ready.layout(halvings))
-            return mean_loss(self.ready.loaded.model, self.ready.objective, self._seen(batches))
+            return measure(self.ready.loaded.model, self.ready.objective, self._seen(batches), examples)
 
         return self.room.within(of)
 
@@ -221,7 +235,7 @@ class Going:
         if standing.bad >= MOST:
             return
         standing.bad += 1
-        found = suspects(report, why, ready.loaded.tokenizer.decode, lambda example: self._mean_loss([example]))
+        found = suspects(report, why, ready.loaded.tokenizer.decode, lambda example: self._measured([example]).mean)
         with suppress(OSError):  # it is for a person to look at; training does not depend on it
             (ready.folder / "bad_updates").mkdir(exist_ok=True)
             disk.write_json(ready.folder / name, found, flushed=False)
@@ -249,17 +263,22 @@ class Going:
         self.console.went_back(trouble, standing.state.step, rate_now, rollbacks, config.max_rollbacks)
         return True
 
+    def gap(self) -> GapAnalysis:
+        """What the validations say so far; there has been one."""
+        ready = self.ready
+        tokens = int(ready.corpus.train.supervised.sum()) if ready.corpus.train is not None else 0
+        return analyse(self.standing.validations, flat(ready.config.plain()), ready.attached.trainable, tokens)
+
     def summary(self) -> dict[str, Any]:
         ready, standing = self.ready, self.standing
         state, best = standing.state, standing.best
-        reports = [evaluation for evaluation, _ in standing.validations]
         return {
             "ended": self.ended,
             "steps": state.step,
             "planned_steps": ready.total,
             "epoch": standing.epoch,
             "best": {**asdict(best[0]), "gap": best[0].gap, "epoch": best[1]} if best else None,
-            "gap": asdict(analyse(reports)) if best else None,
+            "gap": asdict(self.gap()) if best else None,
             "tokens": standing.tokens,
             "supervised_tokens": standing.supervised_tokens,
             "tokens_per_second": standing.tokens / state.elapsed_s if state.elapsed_s else 0.0,

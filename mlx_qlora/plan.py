@@ -22,7 +22,7 @@ from mlx_qlora.engine.optim import OptimConfig
 from mlx_qlora.engine.room import Room
 from mlx_qlora.errors import ConfigError, ModelError, OutOfMemoryError
 from mlx_qlora.foresee import Foresight, longest
-from mlx_qlora.look.evaluate import mean_loss
+from mlx_qlora.look.measure import mean_loss
 from mlx_qlora.model import backend
 from mlx_qlora.model.trunk import Passage, can_pack, can_share, length_counts, states_before
 from mlx_qlora.records import Batch, Example, LossSum
@@ -185,12 +185,12 @@ def _shapes(corpus: Corpus, longest: int, sharing: bool) -> Shapes:
     if corpus.train is None:  # a stream: its lengths are not known
         steps = np.array([longest >> shift for shift in range(6)])
         return fit_shapes(steps, steps)
-    prefix = _common_prefix(corpus.train_sample()) if sharing else ()
+    prefix = common_prefix(corpus.train_sample()) if sharing else ()
     lengths = corpus.train.lengths - 1
     return fit_shapes(lengths, corpus.train.supervised, prefix)
 
 
-def _common_prefix(examples: Sequence[Example]) -> tuple[int, ...]:
+def common_prefix(examples: Sequence[Example]) -> tuple[int, ...]:
     """What most of the examples begin with, if that is worth a pass of its own."""
     ordered = sorted_by_tokens(examples)
     middle = ordered[len(ordered) // 2]

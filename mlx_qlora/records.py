@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -105,6 +106,7 @@ class LossSum(NamedTuple):
     weight: mx.array
     metrics: dict[str, mx.array] = {}  # noqa: RUF012  (sums too, divided by the same weight; read, never written)
     hidden: tuple[mx.array, ...] = ()  # what the head was given, where that is known: there when the forward pass is done
+    places: tuple[mx.array, ...] = ()  # in evaluation, the loss at each place of the batch, weighted: what `total` sums
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,14 @@ class EvalReport:
     train_eval_loss: float
     best: bool  # the lowest val_loss so far
     stale: int  # validations since the last one that improved
+    val_loss_se: float = math.nan  # standard errors, examples being what was drawn at random
+    train_eval_loss_se: float = math.nan
 
     @property
     def gap(self) -> float:
         return self.val_loss - self.train_eval_loss
+
+    @property
+    def gap_se(self) -> float:
+        """Of the difference of two independent means."""
+        return math.hypot(self.val_loss_se, self.train_eval_loss_se)

@@ -30,12 +30,13 @@ from mlx_qlora.engine.memory import MemoryConfig
 from mlx_qlora.engine.steps import StepConfig
 from mlx_qlora.engine.stopping import EarlyStoppingMonitor
 from mlx_qlora.errors import ResumeError, listed
+from mlx_qlora.look.history import AROUND
 from mlx_qlora.model import backend, lora
 from mlx_qlora.model.activations import TrunkCacheConfig
 from mlx_qlora.model.matmul import MatmulConfig
 from mlx_qlora.plan import Plan
 from mlx_qlora.records import Bookmark, EvalReport, LossSum, StepReport, TrainState, Window
-from mlx_qlora.run.checkpoint import Checkpoint, CheckpointConfig
+from mlx_qlora.run.checkpoint import Checkpoint
 
 FORMAT = 1
 Arrays = dict[str, mx.array]
@@ -45,15 +46,10 @@ def _names(*kinds: type) -> set[str]:
     return {each.name for kind in kinds for each in fields(kind)}
 
 
-# What stands around training and changes nothing of it.
-_AROUND = _names(CheckpointConfig) | {
-    "output_dir", "overwrite", "resume", "resume_anyway", "supervise", "trace", "stall_after_s", "score_questions",
-    "max_answer_tokens", "data_cache", "trunk_cache_gb", "trunk_cache_dir", "malformed_limit",
-}  # fmt: skip
 # How it is computed: the gradient stays, and the last bits of it do not.
-_COMPUTING = _names(LayoutConfig, MemoryConfig, StepConfig, MatmulConfig, TrunkCacheConfig) - _AROUND
+_COMPUTING = _names(LayoutConfig, MemoryConfig, StepConfig, MatmulConfig, TrunkCacheConfig) - AROUND
 # Judged by what they give, the examples and the weights, and not by their names.
-_JUDGED = ({"model"} | _names(SourceConfig, RenderConfig)) - {"data_weights", "shuffle_buffer", "streaming"} - _AROUND
+_JUDGED = ({"model"} | _names(SourceConfig, RenderConfig)) - {"data_weights", "shuffle_buffer", "streaming"} - AROUND
 # What makes sense to change in the middle of a run, if one wants to.
 _CHANGEABLE = {
     "epochs", "max_steps", "eval_every", "learning_rate", "schedule", "warmup_steps", "optimizer_options", "clip_grad_norm",
@@ -78,7 +74,7 @@ def settings_changed(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     said: list[str] = []
     refused: list[str] = []
     fixed: list[str] = []
-    for name in sorted({*before, *now} - _AROUND - _JUDGED):
+    for name in sorted({*before, *now} - AROUND - _JUDGED):
         if before.get(name) == now.get(name):
             continue
         line = f"{name}: was {_shown(before.get(name))}, is {_shown(now.get(name))}"
@@ -103,7 +99,7 @@ def settings_changed(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
 def trained_otherwise(checkpoint: Checkpoint, config: RunConfig) -> bool:
     """Whether a setting of training has changed since."""
     before, now = flat(checkpoint.state["config"]), flat(config.plain())
-    names = (before.keys() | now.keys()) - _AROUND - _JUDGED - _COMPUTING
+    names = (before.keys() | now.keys()) - AROUND - _JUDGED - _COMPUTING
     return any(before.get(name) != now.get(name) for name in names)
 
 

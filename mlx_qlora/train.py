@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -21,9 +22,11 @@ from mlx_qlora.engine.steps import Enter, steps
 from mlx_qlora.errors import ConfigError, NonFiniteError
 from mlx_qlora.going import FAILED, FINISHED, INTERRUPTED, NOT_FINITE, STOPPED, Going
 from mlx_qlora.look.console import Console, answered
-from mlx_qlora.look.evaluate import ask_both, score
-from mlx_qlora.look.gap import analyse
+from mlx_qlora.look.evaluation.generate import ask_both, score
+from mlx_qlora.look.history import read_history
+from mlx_qlora.look.pictures.figures import PICTURE, results, save
 from mlx_qlora.look.trace import Tracer
+from mlx_qlora.look.tracking.trackers import TrackerConfig, require_trackers
 from mlx_qlora.model import lora
 from mlx_qlora.records import Halfway, StepReport
 from mlx_qlora.run import disk
@@ -56,6 +59,7 @@ def run(config: RunConfig, quiet: bool = False) -> RunResult:
         raise ConfigError("supervise: a run is supervised from the command line: mlx-qlora train --supervise 5 ...")
     folder = Path(config.output_dir).expanduser()
     run_folder.check_free(folder, overwrite=config.overwrite, resume=config.resume)
+    require_trackers(config.part(TrackerConfig))
     with unhurt(), run_folder.locked(folder), _observed(folder, config, console) as observed:
         ready = build(config, console, observed.enter)
         observed.began = True
@@ -179,7 +183,7 @@ def _conclude(ready: Ready, going: Going, console: Console) -> RunResult:
         console.streamed(read)
     if standing.best:
         console.best(*standing.best, folder)
-        console.gap(analyse([evaluation for evaluation, _ in standing.validations]))
+        console.gap(going.gap())
     lora.load(model, run_folder.load_adapters(folder), folder / "adapters")
     model.eval()
     if config.score_questions and summary["ended"] != INTERRUPTED:
@@ -213,9 +217,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse(given)
         if config.supervise:
             return _supervised(config, given)
-        return 130 if run(config).interrupted else 0
+        folder = Path(config.output_dir).expanduser()
+        try:
+            result = run(config)
+        except NonFiniteError:
+            _draw(folder)
+            raise
+        _draw(folder)
+        return 130 if result.interrupted else 0
 
     return answered("train", trained)
+
+
+def _draw(folder: Path) -> None:
+    """The curves as a picture, where matplotlib is installed. The run is over, and nothing that goes wrong here fails it."""
+    if find_spec("matplotlib") is None:
+        return
+    try:
+        history = read_history(folder)
+        if history.lines:
+            save(results([history]), folder / PICTURE)
+            print(f"{'curves':<9} {folder / PICTURE}")
+    except (Exception, KeyboardInterrupt) as problem:
+        with suppress(OSError):
+            print(f"WARNING: {PICTURE} was not drawn: {problem or type(problem).__name__}")
 
 
 def _supervised(config: RunConfig, arguments: Sequence[str]) -> int:

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mlx_qlora.look import autopsy, evidence
-from mlx_qlora.look.autopsy import Autopsy, explain
+from mlx_qlora.look.doctor import autopsy, evidence
+from mlx_qlora.look.doctor.autopsy import Autopsy, explain
 from mlx_qlora.run import machine
 from mlx_qlora.run.recorder import NAME, Recorder, read
 from mlx_qlora.run.supervise import Death, _Journal

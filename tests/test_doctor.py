@@ -22,8 +22,8 @@ import pytest
 
 from mlx_qlora.assets import embedded_model
 from mlx_qlora.findings import Finding
-from mlx_qlora.look import bundle, checkup
-from mlx_qlora.look.watched import Watched
+from mlx_qlora.look.doctor import bundle, checkup
+from mlx_qlora.look.doctor.watched import Watched
 from mlx_qlora.model.inspect import INDEX, Place, inspect, known_to_mlx_lm, locate, read_header, tokenizer
 from mlx_qlora.model.load import load_tokenizer
 
@@ -86,7 +86,7 @@ def test_a_broken_model_ends_with_what_to_do(model: Path, tmp_path: Path) -> Non
 
 _DYING = """
 import sys
-if {{"mlx_qlora.look.smallest", "step"}} <= set(sys.orig_argv):
+if {{"mlx_qlora.look.doctor.smallest", "step"}} <= set(sys.orig_argv):
     import ctypes, os, signal
     import mlx_qlora
     import mlx.nn as nn

@@ -6,8 +6,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_qlora.data.render import Question
-from mlx_qlora.look import evaluate
-from mlx_qlora.look.evaluate import generate_answers
+from mlx_qlora.look.evaluation import generate
+from mlx_qlora.look.evaluation.generate import generate_answers
 from mlx_qlora.model.load import Loaded
 
 
@@ -23,7 +23,7 @@ def test_answers_behind_a_shared_beginning_are_the_same(embedded: Loaded, prefix
     shared = generate_answers(model, embedded.tokenizer, questions, 12)
     computed = sum(seen)
     seen.clear()
-    monkeypatch.setattr(evaluate, "_WORTH", 10**9)
+    monkeypatch.setattr(generate, "_WORTH", 10**9)
     assert generate_answers(model, embedded.tokenizer, questions, 12) == shared
     assert len(set(shared)) > 1
     assert sum(seen) - computed >= (2 * prefix if prefix >= 16 else 0)

@@ -26,7 +26,8 @@ from mlx_qlora.assets import embedded_model
 from mlx_qlora.config import _GROUPS, flat
 from mlx_qlora.engine.stopping import EarlyStoppingConfig
 from mlx_qlora.errors import ConfigError, ResumeError, RunFolderError
-from mlx_qlora.resume import _AROUND, _CHANGEABLE, _COMPUTING, _JUDGED, _put_random_state, _random_state
+from mlx_qlora.look.history import AROUND
+from mlx_qlora.resume import _CHANGEABLE, _COMPUTING, _JUDGED, _put_random_state, _random_state
 from mlx_qlora.run import checkpoint
 from mlx_qlora.run.metrics import MEASURED, read_metrics
 
@@ -201,7 +202,7 @@ def test_how_it_is_computed_may_change_and_is_said(config: RunConfig, capsys: py
 def test_every_setting_is_of_one_kind() -> None:
     """One that is of none would be refused; this list is what can't change in a run."""
     names = set(flat(RunConfig().plain()))
-    kinds = [_AROUND, _COMPUTING, _JUDGED, _CHANGEABLE]
+    kinds = [AROUND, _COMPUTING, _JUDGED, _CHANGEABLE]
     assert all(kind <= names for kind in kinds)
     assert sum(map(len, kinds)) == len(set.union(*kinds)), "and of one only"
     assert names - set.union(*kinds) == {

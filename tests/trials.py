@@ -182,7 +182,7 @@ def outcome(folder: Path) -> Outcome:
         {str(path.relative_to(folder)): path.read_bytes() for path in found},
         [{name: value for name, value in line.items() if name not in MEASURED} for line in lines],
         {name: value for name, value in state.items() if name not in _TIMED},
-        tuple(sorted(path.name for path in folder.iterdir())),
+        tuple(sorted(path.name for path in folder.iterdir() if path.name != "training_results.png")),  # trials draw none
     )
 
 
@@ -392,5 +392,12 @@ def counted_inside(calls: Sequence[str]) -> Counter[str]:
 
 def _of_saves(found: Counter[str]) -> Counter[str]:
     saved = (".checkpoint_", "checkpoint_", "adapters", "training_metrics", ".training_")
-    passing = ("open", "truncate")
-    return Counter({n: k for n, k in found.items() if n.split(" ")[1].startswith(saved) and n.split(" ")[0] not in passing})
+    passing, drawn = ("open", "truncate"), ".training_results"
+    return Counter(
+        {
+            name: number
+            for name, number in found.items()
+            for what, file in [name.split(" ")[:2]]
+            if file.startswith(saved) and not file.startswith(drawn) and what not in passing
+        }
+    )

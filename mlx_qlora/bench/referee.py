@@ -9,7 +9,7 @@ from mlx_qlora.bench.ours import lora_config
 from mlx_qlora.bench.settings import Spec
 from mlx_qlora.bench.turns import Turns
 from mlx_qlora.data.layout import Layout, lay_out
-from mlx_qlora.look.evaluate import mean_loss
+from mlx_qlora.look.measure import mean_loss
 from mlx_qlora.model import lora
 from mlx_qlora.model.load import load
 from mlx_qlora.objectives.sft import sft

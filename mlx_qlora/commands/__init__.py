@@ -13,7 +13,11 @@ VERBS = {
     "train": ("mlx_qlora.train", "fine-tune a model; --demo shows a whole run on the embedded model and data"),
     "plan": ("mlx_qlora.commands.plan", "before training: the work, the layout, the memory, and what to change"),
     "data": ("mlx_qlora.commands.data", "show what a data set would train, what is lost, what comes twice"),
+    "evaluate": ("mlx_qlora.commands.evaluate", "score a run or any model: losses, answers, the base model beside it"),
+    "monitor": ("mlx_qlora.commands.monitor", "follow a run from another terminal: curves, validations, time left"),
     "doctor": ("mlx_qlora.commands.doctor", "check this machine and a model, or explain how a run died"),
+    "compare": ("mlx_qlora.commands.compare", "set runs side by side, and say whether one is better"),
+    "report": ("mlx_qlora.commands.report", "draw a run's curves and write a page about it, or several side by side"),
     "bench": ("mlx_qlora.commands.bench", "race against mlx-lm and others on the same work: speed, memory, loss"),
 }
 

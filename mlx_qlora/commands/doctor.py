@@ -21,13 +21,13 @@ import tyro
 from mlx_qlora.assets import EMBEDDED
 from mlx_qlora.errors import ConfigError, MlxQloraError
 from mlx_qlora.findings import Finding, fail, ok, size, warn
-from mlx_qlora.look import bundle, checkup
-from mlx_qlora.look.remedies import remedy_of
-from mlx_qlora.look.watched import Ended, Watched
+from mlx_qlora.look.doctor import bundle, checkup
+from mlx_qlora.look.doctor.remedies import remedy_of
+from mlx_qlora.look.doctor.watched import Ended, Watched
 from mlx_qlora.model import backend
 from mlx_qlora.model.inspect import Place, inspect, locate
 
-_CHILD = "mlx_qlora.look.smallest"
+_CHILD = "mlx_qlora.look.doctor.smallest"
 _INDENT = 18
 _WIDEST = 140  # further than that, eyes lose the line
 _UNIT = re.compile(r"(\d) (?=(?:B|kB|MB|GB|ms|s)\b)")
@@ -94,7 +94,7 @@ def _run(given: _Arguments) -> int:
 
 def _explained(run: Path) -> list[str]:
     """How a run ended, in words."""
-    from mlx_qlora.look.autopsy import explain  # late: it needs more than the checks do
+    from mlx_qlora.look.doctor.autopsy import explain  # late: it needs more than the checks do
 
     return list(explain(run).lines)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -47,6 +48,7 @@ class Size:
     tokens: int
     supervised_tokens: int
     longest: int  # before truncation, of all rows of its files
+    digest: str = ""  # of the examples, in few letters
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,29 @@ class Audit:
             **{name: each for name, each in value.items() if name not in ("accounts", "sights")},
             **{split: account.to_json() for split, account in self.accounts.items()},
         }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Audit:
+        """What `to_json` gave. Raises a KeyError, TypeError, ValueError or AttributeError where it is something else."""
+        plain = ("sources", "template", "train_on", "max_seq_length", "truncation", "validation", "looked_at",
+                 "common_prefix_share", "scripts")  # fmt: skip
+        return cls(
+            **{name: value[name] for name in plain},
+            accounts={split: Account.from_json(value[split]) for split in SPLITS if split in value},
+            sizes={split: Size(**size) for split, size in value["sizes"].items()},
+            shares={name: (float(share), float(passes)) for name, (share, passes) in value["shares"].items()},
+            duplicates=_likeness(value["duplicates"]),
+            near_duplicates=_likeness(value["near_duplicates"]),
+            leaks=tuple(
+                Leak(each["split"], each["against"], *(_likeness(each[kind]) for kind in ("same", "same_prompt", "near")))
+                for each in value["leaks"]
+            ),
+            refusals=tuple(value["refusals"]),
+        )
+
+
+def _likeness(value: Mapping[str, Any]) -> Likeness:
+    return Likeness(int(value["count"]), tuple((str(a), str(b)) for a, b in value["pairs"]))
 
 
 def audit(corpus: Corpus, look_at: int = 20_000, show: int = 0) -> Audit:
@@ -156,8 +181,15 @@ def _sizes(corpus: Corpus) -> dict[str, Size]:
         account = corpus.accounts.get(split) or corpus.accounts["train"]
         rows = account.rows - split_off if split == "train" else split_off if split not in corpus.accounts else account.rows
         longest = max(account.longest)[0] if account.longest else 0
-        sizes[split] = Size(rows, len(made), int(made.lengths.sum()), int(made.supervised.sum()), longest)
+        tokens, supervised = int(made.lengths.sum()), int(made.supervised.sum())
+        sizes[split] = Size(rows, len(made), tokens, supervised, longest, _digest(made))
     return {split: sizes[split] for split in SPLITS if split in sizes}
+
+
+def _digest(examples: KeptSet) -> str:
+    """What they are, in few letters, in whatever order and from whatever file: losses on the same are comparable."""
+    each = np.stack([examples.hashes, examples.prompts, examples.supervised.astype(np.uint64)])
+    return hashlib.blake2b(each[:, np.lexsort(each)].tobytes(), digest_size=8).hexdigest()
 
 
 def sights(examples: KeptSet, tokenizer: Tokenizer, most: int) -> tuple[Sight, ...]:

@@ -10,9 +10,10 @@ import numpy as np
 
 from mlx_qlora.data.layout import BatchConfig, Layout, streamed_updates, updates
 from mlx_qlora.data.order import Order, shuffled, updates_in
+from mlx_qlora.data.part import questions_of
 from mlx_qlora.data.prepare import MOST_SPLIT_OFF, Chosen, Joined, KeptSet, Preparation, Prepared, iterate, row_of, split_off
-from mlx_qlora.data.render import Account, Question, RenderConfig, Renderer, question
-from mlx_qlora.data.sources import SPLITS, File, Row, Source, SourceConfig, find, read
+from mlx_qlora.data.render import Account, Question, RenderConfig, Renderer
+from mlx_qlora.data.sources import SPLITS, File, Source, SourceConfig, find
 from mlx_qlora.data.stream import stream
 from mlx_qlora.data.templates import Tokenizer
 from mlx_qlora.errors import DataError
@@ -95,14 +96,7 @@ class Corpus:
 
     def questions(self, most: int) -> list[Question]:
         """Questions with answers from the validation rows, the first ones."""
-        found: list[Question] = []
-        for row in read(self._valid_files()):
-            if len(found) == most:
-                break
-            if isinstance(row, Row) and (self.split_off is None or row.id in self.split_off):
-                one = question(row, self.renderer, self.config)
-                found += [one] if one else []
-        return found
+        return questions_of(self._valid_files(), self.split_off, self.renderer, self.config, most)
 
     def _valid_files(self) -> tuple[File, ...]:
         split = "train" if self.split_off is not None else "valid"

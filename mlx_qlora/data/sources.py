@@ -129,11 +129,11 @@ class Source:
     beside: Path | None
 
 
-def find(config: SourceConfig) -> tuple[Source, ...]:
-    """The sources of a run; no file is opened yet."""
+def find(config: SourceConfig, training: bool = True) -> tuple[Source, ...]:
+    """The sources of a run; no file is opened yet. Unless it is for training, any split will do."""
     if not config.sources:
         raise DataError(f"data: nothing came; name {_EXPECTED}.")
-    found = _told_apart([_source(name) for name in config.sources])
+    found = _told_apart([_source(name, training) for name in config.sources])
     for name in (file.name for source in found for files in source.files.values() for file in files):
         if not name.isascii() and name != name.encode(errors="replace").decode():
             raise DataError(f"{name!a}: the name of this file is not UTF-8, so no message could say it; rename it.")
@@ -152,15 +152,15 @@ def _told_apart(sources: list[Source]) -> tuple[Source, ...]:
     )
 
 
-def _source(name: str) -> Source:
+def _source(name: str, training: bool) -> Source:
     if name == EMBEDDED:
         return Source(name, _in_folder(embedded_data()), None)
     if name.startswith("hub:"):
-        return _on_hub(name.removeprefix("hub:"))
+        return _on_hub(name.removeprefix("hub:"), training)
     path = Path(name).expanduser()
     try:
         if path.is_dir():
-            return Source(name, _in_folder(path), path)
+            return Source(name, _in_folder(path, training), path)
         if path.is_file():
             return Source(name, {"train": (DiskFile(path, path.name),)}, path.parent)
         if path.exists():
@@ -178,7 +178,7 @@ def _source(name: str) -> Source:
     raise DataError(f"{path}: there is no such file or folder. Name {_EXPECTED}.{hint}")
 
 
-def _in_folder(folder: Path) -> dict[str, tuple[File, ...]]:
+def _in_folder(folder: Path, training: bool = True) -> dict[str, tuple[File, ...]]:
     """train.jsonl and the like; a split may lie in several parts (train-00000-of-00002.parquet)."""
     files: dict[str, tuple[File, ...]] = {}
     for split, names in _SPLITS.items():
@@ -192,7 +192,7 @@ def _in_folder(folder: Path) -> dict[str, tuple[File, ...]]:
             raise DataError(f"{folder}: {both} could all be the {split} rows; keep one, or name the file.")
         if found:
             files[split] = _named(found)
-    if "train" not in files:
+    if "train" not in files and (training or not files):
         names_here = sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
         holds = ", ".join(names_here[:8] + ["..."] * (len(names_here) > 8)) or "nothing"
         raise DataError(f"{folder}: no train.jsonl in this folder (it holds {holds}). Name a folder that has one, or a file.")
@@ -487,7 +487,7 @@ class HubFile:
             yield Row(f"{self.name}:{number}", _without_nulls(value))
 
 
-def _on_hub(name: str) -> Source:
+def _on_hub(name: str, training: bool) -> Source:
     """`owner/name`, all splits that it has, or `owner/name@split` for the training rows."""
     try:
         import datasets
@@ -508,7 +508,7 @@ def _on_hub(name: str) -> Source:
     for split, names in _SPLITS.items():
         if own := next((each for each in names if each in found), None):
             files[split] = (HubFile(found[own], f"{name}@{own}"),)
-    if "train" not in files:
+    if "train" not in files and (training or not files):
         raise DataError(
             f"hub:{name}: it has the splits {', '.join(found)} and no train; name one as hub:{name}@{next(iter(found))}."
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 from collections import Counter
 from collections.abc import Iterator
 
 from mlx_qlora.data.audit import Audit, Leak, Likeness, Sight, Size
 from mlx_qlora.data.chat import in_common
 from mlx_qlora.data.render import WIDTHS, Account
+from mlx_qlora.look.pages.page import VISIBLE, document, listing, safe, table
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _NAMES = {"train": "training", "valid": "validation", "test": "test"}
@@ -160,11 +160,6 @@ def _notes(account: Account, name: str, audit: Audit) -> Iterator[str]:
 
 # Examples
 
-# Control characters of the data as what they are, so that none of them reaches the terminal.
-_VISIBLE = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))} | {
-    code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
-
 
 def shown(sight: Sight, colour: bool, before: Sight | None = None) -> str:
     """An example with its trained parts in green, or between marks where there is no colour.
@@ -178,85 +173,56 @@ def shown(sight: Sight, colour: bool, before: Sight | None = None) -> str:
         same = in_common(pieces[0][0], before.pieces[0][0])
         if same > 200:
             pieces[0] = (f"[... {same} characters as above ...]{pieces[0][0][same:]}", False)
-    pieces = [(piece.translate(_VISIBLE), trained) for piece, trained in pieces]
+    pieces = [(piece.translate(VISIBLE), trained) for piece, trained in pieces]
     text = "".join(f"{begin}{piece}{end}" if trained else f"{dim}{piece}{plain}" for piece, trained in pieces)
     return f"{sight.id}\n{text}"
 
 
 # The page
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2430; --paper: #fff; --soft: #5d6878; --line: #d9dee5; --trained: #0b57a4;
-        --mark: #dcebfa; --bad: #9a3412; --bar: #4c84bd; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --paper: #14181e; --soft: #9aa6b5; --line: #323b47;
-        --trained: #a9d1ff; --mark: #17385c; --bad: #fdba74; --bar: #5b94cc; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
-       margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; } th, td { padding: .2rem .8rem; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } th { font-weight: 600; color: var(--soft); }
-.scroll { overflow-x: auto; }
-.bars { display: flex; align-items: end; gap: 3px; height: 7rem; }
-.bars div { flex: 1; max-width: 5rem; text-align: center; font-size: .75rem; color: var(--soft); }
-.bars i { display: block; background: var(--bar); border-radius: 2px 2px 0 0; }
-.example { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; margin: .8rem 0; }
-.example h3 { margin: 0 0 .4rem; font-size: .85rem; font-weight: 600; color: var(--soft); }
-.example pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: .85rem/1.5 ui-monospace, monospace;
-               color: var(--soft); }
-mark { color: var(--trained); background: var(--mark); font-weight: 600; border-radius: 2px; }
-.bad { color: var(--bad); white-space: pre-wrap; }
-"""
-
 
 def page(audit: Audit, title: str) -> str:
     """The same as a page that needs nothing else."""
-    body = [f"<h1>{html.escape(title)}</h1>"]
+    taken = [] if audit.refusals else ["<p>Training would take this data as it is.</p>"]
+    head = [f"<h1>{safe(title)}</h1>", *taken]
+    return document(title, [*head, *parts(audit)])
+
+
+def parts(audit: Audit) -> Iterator[str]:
+    """The account as pieces of a page."""
     if audit.refusals:
-        body.append("<h2>Training would be refused</h2>")
-        body += [f'<p class="bad">{html.escape(reason)}</p>' for reason in audit.refusals]
-    else:
-        body.append("<p>Training would take this data as it is.</p>")
-    head = "<tr><th></th><th>rows</th><th>examples</th><th>tokens</th><th>trained</th><th>share</th><th>longest</th></tr>"
-    body.append(f'<div class="scroll"><table>{head}')
-    for split, size in audit.sizes.items():
-        numbers = (f"{number:,}" for number in (size.rows, size.examples, size.tokens, size.supervised_tokens))
-        cells = "".join(f"<td>{cell}</td>" for cell in (_NAMES[split], *numbers, _share(size), f"{size.longest:,}"))
-        body.append(f"<tr>{cells}</tr>")
-    body.append("</table></div>")
+        yield "<h2>Training would be refused</h2>"
+        yield from (f'<p class="bad">{safe(reason)}</p>' for reason in audit.refusals)
+    rows = [
+        (_NAMES[split], *(f"{number:,}" for number in (size.rows, size.examples, size.tokens, size.supervised_tokens)),
+         _share(size), f"{size.longest:,}")
+        for split, size in audit.sizes.items()
+    ]  # fmt: skip
+    yield table(("", "rows", "examples", "tokens", "trained", "share", "longest"), rows)
     account = audit.accounts.get("train")
     if account is not None and account.lengths:
-        most = max(account.lengths.values())
-        body.append('<h2>Lengths of the training examples</h2><div class="bars">')
-        for width in sorted(account.lengths):
-            number = account.lengths[width]
-            body.append(
-                f'<div title="{number:,} examples">{number:,}<i style="height:{max(2, 80 * number // most)}px"></i>'
-                f"{_from(width):,}–{width:,}</div>"
-            )
-        body.append("</div>")
-        body.append("<h2>The longest</h2><ul>")
-        body += [f"<li>{html.escape(id)}: {tokens:,} tokens</li>" for tokens, id in sorted(account.longest, reverse=True)]
-        body.append("</ul>")
-    body.append("<h2>To know</h2><ul>")
+        yield "<h2>Lengths of the training examples</h2>" + _bars(account)
+        yield "<h2>The longest</h2>"
+        yield listing(f"{safe(id)}: {tokens:,} tokens" for tokens, id in sorted(account.longest, reverse=True))
     known = [("form", _forms(audit)), *(pair for pair in _known(audit) if pair[0] != "lengths")]
     known += [("note", note) for note in _all_notes(audit)]
-    body += [f"<li><b>{name}</b> {html.escape(text)}</li>" for name, text in known]
-    body.append("</ul>")
-    refused = [line for own in audit.accounts.values() for line in own.refused]
-    if refused:
-        body.append("<h2>Rows that can't be used</h2><ul>")
-        body += [f'<li class="bad">{html.escape(line)}</li>' for line in refused]
-        body.append("</ul>")
+    yield "<h2>To know</h2>" + listing(f"<b>{name}</b> {safe(text)}" for name, text in known)
+    if refused := [line for own in audit.accounts.values() for line in own.refused]:
+        yield "<h2>Rows that can't be used</h2><ul>"
+        yield from (f'<li class="bad">{safe(line)}</li>' for line in refused)
+        yield "</ul>"
     if audit.sights:
-        body.append("<h2>Examples</h2><p>Marked text is trained; the rest is what the model sees before.</p>")
+        yield "<h2>Examples</h2><p>Marked text is trained; the rest is what the model sees before.</p>"
     for sight in audit.sights:
-        text = "".join(
-            f"<mark>{html.escape(piece)}</mark>" if trained else html.escape(piece) for piece, trained in sight.pieces
-        )
-        body.append(f'<div class="example"><h3>{html.escape(sight.id)}</h3><pre>{text}</pre></div>')
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n<body>\n'
-        + "\n".join(body)
-        + "\n</body></html>\n"
-    )
+        text = "".join(f"<mark>{safe(piece)}</mark>" if trained else safe(piece) for piece, trained in sight.pieces)
+        yield f'<div class="example"><h3>{safe(sight.id)}</h3><pre>{text}</pre></div>'
+
+
+def _bars(account: Account) -> str:
+    most = max(account.lengths.values())
+    bars = [
+        f'<div title="{number:,} examples">{number:,}<i style="height:{max(2, 80 * number // most)}px"></i>'
+        f"{_from(width):,}–{width:,}</div>"
+        for width, number in sorted(account.lengths.items())
+    ]
+    return f'<div class="bars">{"".join(bars)}</div>'

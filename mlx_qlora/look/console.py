@@ -17,8 +17,8 @@ from mlx_qlora.engine.memory import Fit
 from mlx_qlora.engine.optim import OptimConfig
 from mlx_qlora.errors import MlxQloraError
 from mlx_qlora.look.account import facts, training_notes
-from mlx_qlora.look.evaluate import Answered, Scores
-from mlx_qlora.look.gap import GapAnalysis, grade
+from mlx_qlora.look.evaluation.generate import Answered, Scores
+from mlx_qlora.look.gap import GapAnalysis, gap_facts, gap_text, grade
 from mlx_qlora.model.activations import KeptStates
 from mlx_qlora.model.lora import Attached
 from mlx_qlora.records import BEGIN, EvalReport, StepReport, TrainState
@@ -162,6 +162,11 @@ class Console:
     def resumes(self, found: Checkpoint, changes: Sequence[str]) -> None:
         self.fact("resume", f"from {found.folder.name}, after update {found.state['state']['step']:,}", *changes)
 
+    def trackers(self, where: Sequence[str]) -> None:
+        """Where others show the run."""
+        if where:
+            self.fact("trackers", *where)
+
     def begin(self, total: int, state: TrainState) -> None:
         self._total, self._begun = total, state
         self._last_line = time.monotonic()
@@ -193,7 +198,7 @@ class Console:
                 self._bar.update()
         elif time.monotonic() - self._last_line > _QUIET_S or report.step == self._begun.step + 1:
             self._last_line = time.monotonic()
-            self.say(f"update {report.step}/{self._total}  {figures}, {_duration(self._left(report))} left")
+            self.say(f"update {report.step}/{self._total}  {figures}, {duration(self._left(report))} left")
 
     def _left(self, report: StepReport) -> float:
         begun = self._begun
@@ -208,7 +213,7 @@ class Console:
             verdict = f"{'best so far, but ' if report.best else ''}no improvement {report.stale}{most}"
         self.say(
             f"update {report.step:<5} val {report.val_loss:.4f}  train {report.train_eval_loss:.4f}  "
-            f"gap {report.gap:+.3f} {grade(report.gap):<9}  {verdict}"
+            f"gap {gap_text(report.gap, report.gap_se)} {grade(report.gap):<9}  {verdict}"
         )
 
     def end_bar(self) -> None:
@@ -219,7 +224,7 @@ class Console:
 
     def ended(self, how: str, steps: int, seconds: float) -> None:
         self.say()
-        self.fact("ended", f"{how} after {steps:,} updates, {_duration(seconds)}")
+        self.fact("ended", f"{how} after {steps:,} updates, {duration(seconds)}")
 
     def best(self, report: EvalReport, epoch: float, folder: Path) -> None:
         self.fact(
@@ -229,11 +234,8 @@ class Console:
         )
 
     def gap(self, gap: GapAnalysis) -> None:
-        self.fact(
-            "gap",
-            f"{gap.at_best:+.3f} at the best: {gap.grade_at_best}",
-            f"over the run mean {gap.mean:+.3f}, maximum {gap.maximum:+.3f}, minimum {gap.minimum:+.3f}",
-        )
+        for name, lines in gap_facts(gap):
+            self.fact(name, *lines)
 
     def answers(self, answered: Sequence[Answered], base: Scores, tuned: Scores, show: int = 3) -> None:
         self.fact(
@@ -275,7 +277,13 @@ class Console:
             )
             return
         path = _from_here(embedded_model()) if model == EMBEDDED else model
-        self.fact("next", f'mlx_lm.generate --model {path} --adapter-path {folder / "adapters"} --prompt "..."')
+        quoted = shlex.quote(str(folder))
+        self.fact(
+            "next",
+            f'mlx_lm.generate --model {path} --adapter-path {folder / "adapters"} --prompt "..."',
+            f"mlx-qlora evaluate --run {quoted}: questions, scores, the base model beside it",
+            f"mlx-qlora report {quoted}: one page about it",
+        )
         if model == EMBEDDED:
             self.say(f"{'':<9} and with a model and data of your own:")
             self.say(f"{'':<9} mlx-qlora train --model FOLDER_OR_NAME --data FOLDER --output-dir runs/first")
@@ -294,7 +302,11 @@ def size(number: float) -> str:
     return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """
+    >>> duration(12.4), duration(125), duration(7260)
+    ('12 s', '2 min 05 s', '2 h 01 min')
+    """
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -23,7 +23,9 @@ _LAYERS = f"{TRUNK}.layers."
 _LOGITS = 1 << 23
 _LEAST_PLACES = 64
 
-LossOf = Callable[..., tuple[mx.array, mx.array]]  # (logits [S, V], arrays [S] ...) -> (summed loss, its gradient [S, V])
+LossOf = Callable[
+    ..., tuple[mx.array, mx.array]
+]  # (logits [S, V], arrays [S] ...) -> (losses [S], their sum's gradient [S, V])
 
 
 def logits_of(language: nn.Module, hidden: mx.array) -> mx.array:
@@ -54,9 +56,11 @@ def places_at_once(vocabulary: int) -> int:
 
 def loss_in_chunks(
     language: nn.Module, hidden: mx.array, marks: mx.array, loss_of: LossOf, arrays: Sequence[mx.array], chunk: int = 0
-) -> mx.array:
-    """The summed loss over places, whose hidden states are [S, D]. In training mode the gradient with respect to the
-    hidden states, and to what is trained in the head, is made while a chunk's logits are there; they are never kept.
+) -> tuple[mx.array, tuple[mx.array, ...]]:
+    """(the loss summed over places, whose hidden states are [S, D]; out of training, that of each place, weighted).
+
+    In training mode the gradient with respect to the hidden states, and to what is trained in the head, is made while a
+    chunk's logits are there; they are never kept.
     """
     vocabulary = logits_of(language, hidden[None, :1]).shape[-1]  # from the shapes: nothing is computed
     chunk = min(chunk or places_at_once(vocabulary), hidden.shape[0])
@@ -77,7 +81,9 @@ def loss_in_chunks(
 
     values = list(trained.values())
     starts = range(0, hidden.shape[0], chunk)
-    return (_one_pass if language.training else _in_turn)(logits_from, loss_from, starts, hidden, values)
+    if language.training:
+        return _one_pass(logits_from, loss_from, starts, hidden, values), ()
+    return _in_turn(logits_from, loss_from, starts, hidden, values)
 
 
 LogitsFrom = Callable[[int, mx.array, Sequence[mx.array]], mx.array]  # (first place, hidden states, what is trained)
@@ -86,12 +92,14 @@ LossFrom = Callable[[int, mx.array], tuple[mx.array, mx.array]]  # (first place,
 
 def _in_turn(
     logits_from: LogitsFrom, loss_from: LossFrom, starts: range, hidden: mx.array, values: Sequence[mx.array]
-) -> mx.array:
+) -> tuple[mx.array, tuple[mx.array, ...]]:
     total = mx.array(0.0)
+    places: list[mx.array] = []
     for start in starts:
         (states,) = mx.depends([hidden], [total])  # or the lazy graph would compute several chunks at once
-        total = total + loss_from(start, logits_from(start, states[start : start + starts.step], values))[0]
-    return total
+        places.append(loss_from(start, logits_from(start, states[start : start + starts.step], values))[0])
+        total = total + places[-1].sum()
+    return total, (mx.concatenate(places),)
 
 
 def _one_pass(
@@ -102,7 +110,7 @@ def _one_pass(
         computed: what is computed are the logits, the loss with its gradient, and the way back from there."""
         logits = logits_from(start, *variables)
         loss, gradient = loss_from(start, mx.stop_gradient(logits))
-        return (logits * gradient).sum(), loss
+        return (logits * gradient).sum(), loss.sum()
 
     @transforms.custom_function
     def forward(hidden: mx.array, *values: mx.array) -> tuple[mx.array, ...]:

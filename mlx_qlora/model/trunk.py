@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_qlora.errors import ModelError
 from mlx_qlora.model import backend, lora, transforms
 from mlx_qlora.model.attention import Packed, Prefixed, Recorder, can_unpack, copied, unpacking
-from mlx_qlora.model.head import TRUNK, LossOf, loss_in_chunks
+from mlx_qlora.model.head import TRUNK, LossOf, logits_of, loss_in_chunks
 from mlx_qlora.records import Batch
 
 _INNER = "language_model"  # models that see and read keep the reading part here
@@ -43,21 +43,37 @@ PLAIN = Passage()
 
 def summed_loss(
     model: nn.Module, batch: Batch, loss_of: LossOf, arrays: Sequence[mx.array], passage: Passage = PLAIN
-) -> tuple[mx.array, mx.array]:
-    """(the loss of `loss_of(logits, *arrays)`, a sum with its gradient, over the places of a batch; what the head was
-    given for it).
+) -> tuple[mx.array, tuple[mx.array, ...], mx.array]:
+    """(the sum of what `loss_of(logits, *arrays)` says of each place of a batch, with its gradient; in evaluation, what it
+    said of each; what the head was given for it).
 
     A model that is not trunk-then-head runs whole, and the places are picked from its logits.
     """
     language = _language(model)
     if not _has_trunk(language):
-        _require_plain(batch)
-        _mark(lora.adapted(model), batch.marks)
-        logits = model(batch.rows)
-        picked = logits.reshape(-1, logits.shape[-1])[batch.positions]
-        return loss_of(picked, *arrays)[0], picked
+        picked = _picked(model, batch)
+        losses = loss_of(picked, *arrays)[0]
+        return losses.sum(), () if model.training else (losses,), picked
     picked = hidden_states(model, batch, passage)[batch.positions]
-    return loss_in_chunks(language, picked, batch.marks[batch.positions], loss_of, arrays, passage.chunk), picked
+    return *loss_in_chunks(language, picked, batch.marks[batch.positions], loss_of, arrays, passage.chunk), picked
+
+
+def supervised_logits(model: nn.Module, batch: Batch, passage: Passage = PLAIN) -> mx.array:
+    """Logits [S, V] at the places of a batch in whatever layout, all of them at once: for a loss of one's own."""
+    language = _language(model)
+    if not _has_trunk(language):
+        return _picked(model, batch)
+    marks, hidden = batch.marks[batch.positions], hidden_states(model, batch, passage)[batch.positions]
+    _mark([(path, layer) for path, layer in lora.adapted(language) if not path.startswith(f"{TRUNK}.{_LAYERS}.")], marks)
+    return logits_of(language, hidden[None])[0]
+
+
+def _picked(model: nn.Module, batch: Batch) -> mx.array:
+    """The same of a model that runs whole."""
+    _require_plain(batch)
+    _mark(lora.adapted(model), batch.marks)
+    logits = model(batch.rows)
+    return logits.reshape(-1, logits.shape[-1])[batch.positions]  # type: ignore[no-any-return]
 
 
 def hidden_states(model: nn.Module, batch: Batch, passage: Passage = PLAIN) -> mx.array:

@@ -22,7 +22,7 @@ def cross_entropy_sum(logits_SV: mx.array, targets_S: mx.array, weights_S: mx.ar
 def cross_entropy_and_gradient(
     logits_SV: mx.array, targets_S: mx.array, weights_S: mx.array, label_smoothing: float = 0.0
 ) -> tuple[mx.array, mx.array]:
-    """The same sum, and its gradient with respect to the logits: one softmax serves both.
+    """(what is summed there, [S], and the sum's gradient with respect to the logits): one softmax serves both.
 
     Left to autograd, `mx.logsumexp` and the softmax of its backward are two passes of exponentials, which on the CPU
     take most of the time: 64 x 32,000 in 52 ms so, in 30 ms here.
@@ -36,10 +36,10 @@ def cross_entropy_and_gradient(
     at_target, elsewhere = 1 - label_smoothing + label_smoothing / vocabulary, label_smoothing / vocabulary
     if label_smoothing:
         score_S = (1 - label_smoothing) * score_S + label_smoothing * logits_SV.mean(axis=-1)
-    total = mx.where(weights_S == 0, 0.0, (log_sum_S - score_S) * weights_S).sum()
+    losses_S = mx.where(weights_S == 0, 0.0, (log_sum_S - score_S) * weights_S)
     wanted_SV = mx.where(mx.arange(vocabulary)[None] == targets_S[:, None], at_target, elsewhere)
     weights_S1 = weights_S[:, None]
-    return total, mx.where(weights_S1 == 0, 0.0, weights_S1 * (probabilities_SV - wanted_SV))
+    return losses_S, mx.where(weights_S1 == 0, 0.0, weights_S1 * (probabilities_SV - wanted_SV))
 
 
 def next_token_cross_entropy(

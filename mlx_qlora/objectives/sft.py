@@ -19,7 +19,7 @@ def sft(label_smoothing: float = 0.0, passage: Passage = PLAIN) -> Callable[[nn.
         return cross_entropy_and_gradient(logits, targets, weights, label_smoothing)
 
     def objective(model: nn.Module, batch: Batch) -> LossSum:
-        total, hidden = summed_loss(model, batch, loss_of, (batch.targets, batch.weights), passage)
-        return LossSum(total, batch.weights.sum(), hidden=(hidden,))
+        total, places, hidden = summed_loss(model, batch, loss_of, (batch.targets, batch.weights), passage)
+        return LossSum(total, batch.weights.sum(), hidden=(hidden,), places=places)
 
     return objective

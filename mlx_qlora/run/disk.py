@@ -84,8 +84,13 @@ def aside(path: Path) -> Iterator[Path]:
 def write_atomically(path: Path, content: str | bytes, flushed: bool = True) -> None:
     """No reader ever meets half of it; and if `flushed`, neither does one after a power cut."""
     raw = content.encode() if isinstance(content, str) else content
-    with aside(path) as name:
-        _write(name, raw, flushed)
+    try:
+        with aside(path) as name:
+            _write(name, raw, flushed)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file of its own accord
     if flushed:
         flush_folder(path.parent)
 

@@ -22,11 +22,16 @@ LOCK = ".lock"
 # What a run writes, and so what `overwrite` may take away. Nothing else in the folder is touched.
 _OWN_FILES = (
     "config.yaml", "training_metrics.jsonl", "training_metrics.json", "training_metrics.csv", "training_summary.json",
-    "training_state.json", "answers.jsonl", "data_account.json", "chat_template.jinja",
+    "training_state.json", "answers.jsonl", "data_account.json", "chat_template.jinja", "trackers.json",
+)  # fmt: skip
+# What is made of a run afterwards: it goes away with the run, and alone is none.
+_MADE_OF_IT = (
+    "training_results.png", "report.html", "evaluation_report.json", "evaluation_summary.csv", "evaluation_losses.jsonl",
+    "evaluation_scores.png", "evaluation_confusion.png", "predictions.jsonl", "predictions_unfinished.jsonl",
 )  # fmt: skip
 # What says how earlier starts of a run ended: it stays when a run begins anew of itself.
 _OF_ALL_STARTS = ("supervision.jsonl",)
-_OWN_FOLDERS = ("adapters", "bad_updates")
+_OWN_FOLDERS = ("adapters", "bad_updates", "tensorboard")
 
 
 def check_free(folder: Path, *, overwrite: bool = False, resume: bool = False) -> None:
@@ -129,7 +134,7 @@ def _holder(folder: Path) -> str:
 def clear(folder: Path, of_all_starts: bool = True) -> None:
     """Take an earlier run's files away."""
     try:
-        for name in (*_OWN_FILES, *(_OF_ALL_STARTS if of_all_starts else ())):
+        for name in (*_OWN_FILES, *_MADE_OF_IT, *(_OF_ALL_STARTS if of_all_starts else ())):
             (folder / name).unlink(missing_ok=True)
         for name in _OWN_FOLDERS:
             if (folder / name).is_symlink():

@@ -18,9 +18,11 @@ from mlx_qlora.run.disk import flush, flush_folder, write_all, write_atomically
 
 NAME = "training_metrics"
 COLUMNS = (
-    "step", "epoch", "loss", "val_loss", "train_eval_loss", "gap", "learning_rate", "grad_norm", "tokens",
-    "supervised_tokens", "positions", "tokens_per_second", "peak_memory_gb", "elapsed_s", "skipped_updates",
+    "step", "epoch", "loss", "val_loss", "train_eval_loss", "gap", "val_loss_se", "train_eval_loss_se", "gap_se",
+    "learning_rate", "grad_norm", "tokens", "supervised_tokens", "positions", "tokens_per_second", "peak_memory_gb",
+    "elapsed_s", "skipped_updates",
 )  # fmt: skip
+VALIDATED = ("val_loss", "train_eval_loss", "gap", "val_loss_se", "train_eval_loss_se", "gap_se")
 MEASURED = ("tokens_per_second", "peak_memory_gb", "elapsed_s")  # what differs between two runs that are the same
 
 Line = dict[str, Any]
@@ -68,8 +70,7 @@ class MetricsWriter:
 
     def validation(self, report: EvalReport) -> None:
         assert self._waiting is not None, "a validation follows an update"
-        figures = {"val_loss": report.val_loss, "train_eval_loss": report.train_eval_loss, "gap": report.gap}
-        self._waiting |= {name: _plain(value) for name, value in figures.items()}
+        self._waiting |= {name: _plain(getattr(report, name)) for name in VALIDATED}
         self._write_waiting()
 
     def settle(self) -> dict[str, Any]:
@@ -112,6 +113,10 @@ class MetricsWriter:
         self._end += len(self._unwritten)
         self._digest.update(self._unwritten)
         self._unwritten, self.problem = b"", ""
+
+    def since(self, number: int, most: int) -> list[Line]:
+        """So many of the lines from this one on. Any thread may ask, while others are being written."""
+        return self._lines[number : number + most]
 
     @property
     def lines(self) -> list[Line]:

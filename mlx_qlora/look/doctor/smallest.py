@@ -1,8 +1,8 @@
 """The device tried with one product, and the smallest training step, phase by phase. Runs in a process of its own.
 
-    python -m mlx_qlora.look.smallest device
-    python -m mlx_qlora.look.smallest tokenizer FOLDER
-    python -m mlx_qlora.look.smallest step FOLDER
+    python -m mlx_qlora.look.doctor.smallest device
+    python -m mlx_qlora.look.doctor.smallest tokenizer FOLDER
+    python -m mlx_qlora.look.doctor.smallest step FOLDER
 
 Prints a JSON object a line: {"finding": ...}, or {"begin": phase} and then {"done": ...} or {"failed": ...}. A crash of
 native code ends the process without a word; what was begun last says where.
@@ -33,7 +33,7 @@ from mlx_qlora.engine.accumulate import GradientAccumulator
 from mlx_qlora.engine.optim import OptimConfig, guarded_update, make_optimizer
 from mlx_qlora.errors import MlxQloraError
 from mlx_qlora.findings import Finding, fail, ok, size, warn
-from mlx_qlora.look.remedies import NOT_FINITE, REPORT, WORSE, remedy_of
+from mlx_qlora.look.doctor.remedies import NOT_FINITE, REPORT, WORSE, remedy_of
 from mlx_qlora.model import backend, inspect, lora
 from mlx_qlora.model.load import load, load_tokenizer
 from mlx_qlora.objectives.sft import sft

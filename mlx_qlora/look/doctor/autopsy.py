@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_qlora.look.causes import (
+from mlx_qlora.look.console import size
+from mlx_qlora.look.doctor.causes import (
     DISK,
     FAILED,
     INTERRUPTED,
@@ -24,8 +25,7 @@ from mlx_qlora.look.causes import (
     died,
     ended,
 )
-from mlx_qlora.look.console import size
-from mlx_qlora.look.evidence import Evidence, gather, short_of_memory, step_of
+from mlx_qlora.look.doctor.evidence import Evidence, gather, short_of_memory, step_of
 from mlx_qlora.run.recorder import Record, alive, silent_s
 from mlx_qlora.run.watchdog import CRASH, STALLED, duration
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_qlora.files import json_lines, json_object, yaml_object
 from mlx_qlora.run.recorder import Record, read
 from mlx_qlora.run.watchdog import CRASH, STALLED
 
@@ -51,7 +51,7 @@ class Evidence:
 def gather(folder: Path) -> Evidence | None:
     """What there is; None where neither a record nor a summary tells of a run."""
     record = read(folder)
-    summary = _json(folder / "training_summary.json")
+    summary = json_object(folder / "training_summary.json")
     if record is None and not summary:
         return None
     record = record or Record({})
@@ -62,12 +62,12 @@ def gather(folder: Path) -> Evidence | None:
         folder=folder,
         record=record,
         summary=summary,
-        state=_json(folder / "training_state.json"),
-        config=_yaml(folder / "config.yaml"),
+        state=json_object(folder / "training_state.json"),
+        config=yaml_object(folder / "config.yaml"),
         crash=_since(folder / CRASH, record.beat.get("crash_from")),
         stalled=_since(folder / STALLED, record.beat.get("stalled_from")),
         checkpoint=_newest_checkpoint(folder),
-        restarts=_json_lines(folder / "supervision.jsonl"),
+        restarts=json_lines(folder / "supervision.jsonl"),
     )
 
 
@@ -75,38 +75,6 @@ def short_of_memory(beat: dict[str, Any]) -> bool:
     """Whether memory was nearly full: the machine's, the container's, or what the GPU may use."""
     left, whole = beat.get("available", 0), beat.get("total", 0)
     return bool(left < SHORT * whole or beat.get("peak", 0) > _FULL * beat.get("gpu", 0) > 0)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    values = []
-    for line in lines:
-        try:
-            values.append(json.loads(line))
-        except ValueError:
-            continue
-    return [value for value in values if isinstance(value, dict)]
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _since(path: Path, start: object) -> str:

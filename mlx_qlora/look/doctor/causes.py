@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlx_qlora.look.console import size
-from mlx_qlora.look.evidence import SHORT, Evidence, short_of_memory
+from mlx_qlora.look.doctor.evidence import SHORT, Evidence, short_of_memory
 from mlx_qlora.run import machine
 from mlx_qlora.run.recorder import place
 from mlx_qlora.run.watchdog import CRASH, STALLED

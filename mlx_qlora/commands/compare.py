@@ -1,0 +1,66 @@
+"""`mlx-qlora compare RUN RUN ...`: which run is better, by what, and whether that is more than chance."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mlx_qlora.errors import ConfigError
+from mlx_qlora.look.comparison.compare import Comparison, compare
+from mlx_qlora.look.console import Console, answered
+from mlx_qlora.look.pictures.figures import require_matplotlib, results, save
+from mlx_qlora.run.disk import write_atomically
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    """Set runs side by side: settings, losses, answers, speed, memory; and say which is better, if that can be said."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ()
+    """Folders of runs, two or more. Runs that differ in their seed only are grouped, with mean and interval."""
+    baseline: str = ""
+    """The run that the others are compared with; without it the first."""
+    score: str = ""
+    """The score that the verdict goes by: token_f1, accuracy, exact_match and so on; without it the first that is there."""
+    output_dir: str = ""
+    """Write compare.md, compare.csv and compare.png, the curves of all, into this folder; it is made if it is not there."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    return answered("compare", lambda: _run(tyro.cli(_Arguments, prog="mlx-qlora compare", args=arguments)))
+
+
+def _run(given: _Arguments) -> int:
+    if given.output_dir:
+        require_matplotlib("--output-dir")
+        _require_folder(given.output_dir)
+    found = compare(given.runs, baseline=given.baseline, score=given.score)
+    console = Console()
+    console.say(found.screen(shutil.get_terminal_size((80, 24)).columns))
+    if given.output_dir:
+        folder = Path(given.output_dir).expanduser()
+        console.say()
+        console.fact("files", *map(str, _write(found, folder)))
+    return 0
+
+
+def _require_folder(name: str) -> None:
+    folder = Path(name).expanduser()
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output-dir {name}: a folder that can be written is expected; {there} is none.")
+
+
+def _write(found: Comparison, folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    picture, table, page = (folder / f"compare.{kind}" for kind in ("png", "csv", "md"))
+    save(results(found.histories), picture)
+    write_atomically(table, found.csv())
+    write_atomically(page, found.markdown(picture.name))  # last: it shows the picture
+    return [page, table, picture]

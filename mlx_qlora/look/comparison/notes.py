@@ -1,0 +1,161 @@
+"""What to know before the verdict of a comparison is believed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mlx_qlora.look.comparison.answers import EVALUATED, TRAINED
+from mlx_qlora.look.comparison.contender import Contender, Run
+from mlx_qlora.look.comparison.judgement import Judgement
+from mlx_qlora.look.evaluation.scores import title
+
+
+def notes(contenders: Sequence[Contender], judgements: Sequence[Judgement], score: str) -> list[str]:
+    """What forbids a comparison comes first."""
+    runs = [run for contender in contenders for run in contender.runs]
+    return [
+        *_not_comparable(judgements),
+        *_going_on(runs),
+        *_missing(contenders, judgements),
+        *_chance(contenders, judgements, score),
+        *_data(contenders),
+        *_answers(runs),
+        *_speed(runs),
+    ]
+
+
+def _not_comparable(judgements: Sequence[Judgement]) -> Iterator[str]:
+    for judged in judgements:
+        if judged.not_comparable:
+            yield f"VALIDATION LOSSES OF {judged.other.name} AND {judged.base.name} CAN'T BE COMPARED: {judged.not_comparable}"
+
+
+def _going_on(runs: Sequence[Run]) -> Iterator[str]:
+    for run in runs:
+        made = f"{run.history.step:,} of {run.history.planned_steps or 0:,} updates"
+        if not run.ended:
+            yield f"{run.name} is still going on ({made}); its figures are those so far"
+        elif run.ended == "died":
+            yield f"{run.name} died after {made}; mlx-qlora doctor {run.history.folder} says why"
+
+
+def _missing(contenders: Sequence[Contender], judgements: Sequence[Judgement]) -> Iterator[str]:
+    for contender in contenders:
+        for run in contender.runs:
+            if not run.history.settings:
+                yield f"{run.name} has no config.yaml that can be read: what differs is not known"
+            if not run.history.validations:
+                yield f"{run.name} has not been validated"
+            elif run.best is None:
+                yield f"{run.name}: none of its validation losses is a finite number"
+    for judged in judgements:
+        answered = [each.name for each in (judged.base, judged.other) if not each.common]
+        if not judged.questions and not answered:
+            yield (
+                f"{judged.other.name} and {judged.base.name} have answered no question in common "
+                f"(such as {min(judged.other.common)[0]} and {min(judged.base.common)[0]}); their scores are not compared"
+            )
+    without = [each.name for each in contenders if not each.common]
+    if without and len(without) < len(contenders):
+        yield f"no answers: {', '.join(without)}; mlx-qlora evaluate makes them"
+    elif without:
+        yield ("none has answered questions; when mlx-qlora evaluate has asked all of them the same, a paired test tells more")
+
+
+def _chance(contenders: Sequence[Contender], judgements: Sequence[Judgement], score: str) -> Iterator[str]:
+    if len(judgements) > 1:
+        yield (
+            f"all are compared with {contenders[0].name} (--baseline names another); p is adjusted for {len(judgements)} "
+            "comparisons (Holm), and each interval is that of one comparison alone"
+        )
+    if any(judged.of_seeds for judged in judgements):
+        yield "with several seeds on a side, seeds are what is counted: Student's t, by Welch where both sides have several"
+    if any(not judged.of_seeds for judged in judgements):
+        yield (
+            "one seed each: whether the settings or the chance of the seed made a difference can't be told; "
+            "to tell, train each with two or three seeds"
+        )
+    if any(not judged.evaluated and not judged.of_seeds and judged.by_loss is not None for judged in judgements):
+        yield (
+            "the errors of two losses are taken as independent; on the same validation examples they are not, and the interval "
+            "is too wide: what it calls a difference is one, and a smaller one may be one, too; mlx-qlora evaluate measures "
+            "each example, and then they are paired"
+        )
+    named = {judged.questions for judged in judgements if score in judged.scores and not judged.of_seeds}
+    if named:
+        yield f"{title(score)}: paired by question; intervals by bootstrap over questions, p by flipping signs"
+
+
+def _data(contenders: Sequence[Contender]) -> Iterator[str]:
+    digests = {
+        str(run.size("train").get("digest") or "")
+        for contender in contenders
+        if not contender.of_seeds
+        for run in contender.runs
+    } - {""}
+    if len(digests) > 1:
+        yield "they were trained on other examples, or on other tokens of them"
+    for contender in contenders:
+        if len({repr(run.size("valid")) for run in contender.runs}) > 1:
+            yield f"the runs of {contender.name} were each validated on other examples, which adds to the spread of their seeds"
+    for one, two in _pairs(contenders):
+        if one.first.settings and one.first.settings == two.first.settings:
+            yield f"{two.name} and {one.name} have the same settings and the same seed: what differs is the machine, or a copy"
+
+
+def _pairs(contenders: Sequence[Contender]) -> Iterator[tuple[Contender, Contender]]:
+    for number, one in enumerate(contenders):
+        for two in contenders[number + 1 :]:
+            yield one, two
+
+
+def _answers(runs: Sequence[Run]) -> Iterator[str]:
+    for run in runs:
+        if run.answers.unread:
+            lines = f"{run.answers.unread:,} line{'' if run.answers.unread == 1 else 's'}"
+            yield f"{run.name}: {lines} of {run.answers.file} can't be read and {'is' if lines == '1 line' else 'are'} left out"
+        if _evaluated_before(run):
+            again = f"mlx-qlora evaluate --run {run.history.folder} measures it anew"
+            yield f"{run.name}: what evaluate has left in it is of other adapters than those that are in it now; {again}"
+    files = {run.answers.file for run in runs if run.answers.file}
+    limits = {repr(_longest(run)) for run in runs if run.answers.file}
+    if files == {EVALUATED, TRAINED}:
+        short = [run.name for run in runs if run.answers.file == TRAINED]
+        yield f"only the questions that train has asked are known of {', '.join(short)}; mlx-qlora evaluate asks all"
+    elif len(limits) > 1:
+        yield f"their answers were cut at other lengths ({', '.join(sorted(limits))} tokens)"
+
+
+def _evaluated_before(run: Run) -> bool:
+    """Whether a run was evaluated and then went on to better adapters."""
+    settings, adapters = run.answers.report.get("settings"), run.history.folder / "adapters" / "adapters.safetensors"
+    before = settings.get("adapters_sha256") if isinstance(settings, dict) else None
+    return bool(before) and adapters.is_file() and hashlib.sha256(adapters.read_bytes()).hexdigest() != before
+
+
+def _longest(run: Run) -> Any:
+    if run.answers.file == TRAINED:
+        return run.history.settings.get("max_answer_tokens")
+    settings = run.answers.report.get("settings")
+    return settings.get("max_answer_tokens") if isinstance(settings, dict) else None
+
+
+def _speed(runs: Sequence[Run]) -> Iterator[str]:
+    devices = {str(run.history.summary.get("device") or "") for run in runs} - {""}
+    if len(devices) > 1:
+        yield f"they ran on other devices ({'; '.join(sorted(devices))}): their speeds say little about settings"
+    versions = {repr(_versions(run)) for run in runs if _versions(run)}
+    if len(versions) > 1:
+        yield f"they ran with other versions ({'; '.join(sorted(_told(run) for run in runs if _versions(run)))})"
+
+
+def _versions(run: Run) -> dict[str, Any]:
+    found = run.history.summary.get("versions")
+    kept = ("mlx-qlora", "mlx", "mlx-lm")
+    return {name: found.get(name) for name in kept} if isinstance(found, dict) else {}
+
+
+def _told(run: Run) -> str:
+    return f"{run.name}: {', '.join(f'{name} {version}' for name, version in _versions(run).items())}"

@@ -1,0 +1,156 @@
+"""An evaluation as a person reads it in a terminal."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from mlx_qlora.look.evaluation.bootstrap import FEW
+from mlx_qlora.look.evaluation.labels import OTHER
+from mlx_qlora.look.evaluation.results import BASE, TUNED, Evaluation, Prediction, loss_bounds, loss_difference, perplexity_json
+from mlx_qlora.look.gap import SURE
+from mlx_qlora.look.measure import Measured
+
+_WIDEST = 110  # further than that, eyes lose the line
+
+
+def told(found: Evaluation) -> Iterator[str]:
+    """The lines."""
+    yield ""
+    yield from _losses(found)
+    if found.scores:
+        yield ""
+        yield from _scores(found)
+    for each in (_classes, _harness, _worst, _notes):
+        lines = list(each(found))
+        if lines:
+            yield ""
+            yield from lines
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _losses(found: Evaluation) -> Iterator[str]:
+    examples = f"on {_counted(len(found.loss.totals), 'example')}"
+    if found.base_loss is None:
+        yield f"{examples:<23}{'loss':>17}   {'perplexity':>10}"
+        yield f"{'fine-tuned' if found.adapters else 'model':<23}{_loss(found.loss)}"
+        return
+    difference = loss_difference(found.loss, found.base_loss)
+    yield f"{examples:<23}{'loss':>17}   {'perplexity':>10}"
+    yield f"{'base model':<23}{_loss(found.base_loss)}"
+    yield f"{'fine-tuned':<23}{_loss(found.loss)}"
+    _, low, high = loss_bounds(difference)
+    noise = "   within noise" if low <= 0 <= high else ""
+    yield f"{'difference':<23}{difference.mean:>+8.4f}{_error(difference)}{noise}"
+
+
+def _loss(loss: Measured) -> str:
+    return f"{loss.mean:>8.4f}{_error(loss)}   {_short(perplexity_json(loss)['value']):>10}"
+
+
+def _error(loss: Measured) -> str:
+    return f" ± {SURE * loss.error:.4f}" if math.isfinite(loss.error) else " " * 9
+
+
+def _short(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.1e}"
+
+
+def _scores(found: Evaluation) -> Iterator[str]:
+    questions = f"to {_counted(len(found.predictions), 'question')}"
+    width = max(18, *(len(score.title) for score in found.scores.values()))
+    if not found.compares:
+        yield f"{questions:<{width}} {'n':>6} {'fine-tuned' if found.adapters else 'model':>10}   95 % interval"
+        for score in found.scores.values():
+            one = score.tuned
+            yield f"{score.title:<{width}} {one.n:>6,} {_value(one.value):>10}   {_interval(one.low, one.high)}"
+        return
+    yield f"{questions:<{width}} {'base':>7} {'fine-tuned':>10} {'difference':>10}  95 % interval"
+    for score in found.scores.values():
+        base, difference = score.base, score.difference
+        assert base is not None, "a base model was asked"
+        assert difference is not None, "a base model was asked"
+        title = score.title if score.tuned.n == len(found.predictions) else f"{score.title} (n {score.tuned.n:,})"
+        noise = " within noise" if score.within_noise else ""
+        yield (
+            f"{title:<{width}} {_value(base.value):>7} {_value(score.tuned.value):>10} "
+            f"{_value(difference.value, '+'):>10}  {_interval(difference.low, difference.high, '+')}{noise}"
+        ).rstrip()
+
+
+def _value(value: float, sign: str = "") -> str:
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:{sign}.3f}" if abs(value) < 100 else f"{value:{sign}.4g}"
+
+
+def _interval(low: float, high: float, sign: str = "") -> str:
+    return f"{_value(low, sign)} to {_value(high, sign)}" if math.isfinite(low) else "-"
+
+
+def _classes(found: Evaluation) -> Iterator[str]:
+    if not found.labels:
+        return
+    classes = found.classified(TUNED).classes
+    base = found.classified(BASE).classes if found.compares else {}
+    width = max(22, *(len(label) for label in classes))
+    yield f"{'class':<{width}} precision  recall      F1  support{'   F1 of base' if base else ''}"
+    for label, one in classes.items():
+        beside = f"   {base[label].f1:>10.3f}" if base else ""
+        yield f"{label:<{width}} {one.precision:>9.3f} {one.recall:>7.3f} {one.f1:>7.3f} {one.support:>8,}{beside}"
+    if strange := int(found.classified(TUNED).confusion[:, -1].sum()):
+        yield f"{OTHER:<{width}} {strange:,} answers were no known label, and count as wrong"
+
+
+def _harness(found: Evaluation) -> Iterator[str]:
+    if not found.harness:
+        return
+    base: dict[str, Any] = found.harness.get(BASE, {})
+    yield f"{'lm-evaluation-harness':<40} {'base':>8} {'fine-tuned' if found.adapters else 'model':>10}"
+    for task, values in found.harness[TUNED].items():
+        for name, value in values.items():
+            metric, comma, filtered = name.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, float):
+                continue
+            other = base.get(task, {}).get(name, math.nan)
+            error = values.get(f"{metric}_stderr,{filtered}")
+            known = f" ± {SURE * error:.3f}" if isinstance(error, float) and math.isfinite(error) else ""
+            title = f"{task} {metric}" + ("" if filtered == "none" else f" ({filtered})")
+            yield f"{title:<40} {_value(other):>8} {_value(value):>10}{known}"
+
+
+def _worst(found: Evaluation) -> Iterator[str]:
+    if not found.worst:
+        return
+    yield "the worst answers" if len(found.worst) > 1 else "the worst answer"
+    for one in found.worst:
+        yield ""
+        yield from _shown(one)
+
+
+def _shown(one: Prediction) -> Iterator[str]:
+    width = min(_WIDEST, max(40, shutil.get_terminal_size().columns)) - 1
+    yield f"  {one.id}"
+    lines = [("question", one.question), ("expected", one.expected), ("got", one.answer)]
+    for name, text in lines if one.base is None else [*lines, ("base", one.base)]:
+        short = textwrap.shorten(" ".join(text.split()), 3 * (width - 12), placeholder=" ...") or "(nothing)"
+        yield from textwrap.wrap(short, width, initial_indent=f"  {name:<9} ", subsequent_indent=" " * 12)
+
+
+def _notes(found: Evaluation) -> Iterator[str]:
+    notes = list(found.notes)
+    if 0 < len(found.predictions) < FEW:
+        notes.append(f"fewer than {FEW} questions: intervals of so few are narrower than they should be")
+    if any(math.isnan(each.low) for score in found.scores.values() for each in score.columns().values() if each.n > 1):
+        notes.append("where every question scored the same there is no interval: drawn again they tell nothing of others")
+    if not found.predictions and found.settings.get("questions") != 0:
+        notes.append("none of the rows is a question with an answer, so there is nothing to score but the loss")
+    width = min(_WIDEST, max(40, shutil.get_terminal_size().columns)) - 1
+    for note in notes:
+        yield from textwrap.wrap(note, width, initial_indent="note      ", subsequent_indent=" " * 10)
