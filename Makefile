@@ -1,5 +1,5 @@
 # make demo    a whole run on the embedded model and data, from nothing
-# make v1-v2   a run that overfits, one that does not, and what made the difference (5 minutes)
+# make v1-v2   a run that overfits and one that does not, compared; make v1-v2-few adds one between them
 # make test    the test suite, from nothing
 # make flat    memory over 1,000 updates; `make test` makes 150
 # make kills   kills and faults in a training, each gone on with and compared (15 minutes); `make test` does some of them
@@ -15,23 +15,28 @@ BIN := $(VENV)/bin
 # Two files of tests at a time; what computes in each is on one thread.
 TESTS := MKL_NUM_THREADS=1 KMP_BLOCKTIME=0 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo v1-v2 test flat kills check format bench clean
+.PHONY: demo v1-v2 v1-v2-few test flat kills check format bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/mlx-qlora train --demo --overwrite
 
-# Both see 2,544 chats in all: V1 24 times the same 106, V2 three times 848. The third run has V2's settings and V1's chats.
+# Both see 2,544 chats in all: V1 24 times the same 106, V2 three times 848. V2-few has V2's settings and V1's chats.
 STORY := runs/v1-v2
+EVALUATED := --split valid --max-answer-tokens 32 --no-base
 v1-v2: $(VENV)/installed-story
 	mkdir -p $(STORY)/few
 	head -n 106 data/train.jsonl > $(STORY)/few/train.jsonl
 	cp data/valid.jsonl $(STORY)/few/
 	$(BIN)/mlx-qlora train --config examples/club-v1.yaml --overwrite
-	$(BIN)/mlx-qlora train --config examples/club-v2.yaml --overwrite --data $(STORY)/few --epochs 24 --output-dir $(STORY)/v2-few
 	$(BIN)/mlx-qlora train --config examples/club-v2.yaml --overwrite
-	for run in v1 v2-few v2; do $(BIN)/mlx-qlora evaluate --run $(STORY)/$$run --split valid --max-answer-tokens 32 --no-base; done
+	for run in v1 v2; do $(BIN)/mlx-qlora evaluate --run $(STORY)/$$run $(EVALUATED) || exit; done
+	$(BIN)/mlx-qlora compare $(STORY)/v1 $(STORY)/v2 --output-dir $(STORY)/compared
+	$(BIN)/mlx-qlora report $(STORY)/v1 $(STORY)/v2 --output $(STORY)/report.html
+
+v1-v2-few: v1-v2
+	$(BIN)/mlx-qlora train --config examples/club-v2.yaml --overwrite --data $(STORY)/few --epochs 24 --output-dir $(STORY)/v2-few
+	$(BIN)/mlx-qlora evaluate --run $(STORY)/v2-few $(EVALUATED)
 	$(BIN)/mlx-qlora compare $(STORY)/v1 $(STORY)/v2-few $(STORY)/v2 --output-dir $(STORY)/compared
-	$(BIN)/mlx-qlora report $(STORY)/v1 $(STORY)/v2-few $(STORY)/v2 --output $(STORY)/report.html
 
 test: $(VENV)/installed-dev
 	$(TESTS)
