@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 # Both see 2,544 chats in all: V1 24 times the same 106, V2 three times 848. V2-few has V2's settings and V1's chats.
 STORY := runs/v1-v2
 EVALUATED := --split valid --max-answer-tokens 32 --no-base
-v1-v2: $(VENV)/installed-story
+v1-v2: $(VENV)/installed
 	mkdir -p $(STORY)/few
 	head -n 106 data/train.jsonl > $(STORY)/few/train.jsonl
 	cp data/valid.jsonl $(STORY)/few/
@@ -69,10 +69,6 @@ format: $(VENV)/installed-dev
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed; this is " + sys.version.split()[0] + ". Name one: make demo PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[$(EXTRA)]"
-	@touch $@
-
-$(VENV)/installed-story: $(VENV)/installed pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[$(EXTRA),plots,scores]"
 	@touch $@
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import threading
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 from mlx_qlora.errors import ConfigError, MlxQloraError, require
 from mlx_qlora.look.history import read_history
-from mlx_qlora.look.pictures.figures import require_matplotlib, results
+from mlx_qlora.look.pictures.figures import png, require_matplotlib, results
 from mlx_qlora.run.disk import write_atomically
 
 _SHARE = 0.05  # of the time may go into drawing: what is drawn is computed beside the training
@@ -39,9 +38,7 @@ def curves(*folders: str | Path) -> Picture:
     A cell that ends with `curves("runs/a", "runs/b")` shows them.
     """
     require_matplotlib("curves")
-    raw = io.BytesIO()
-    results([read_history(folder) for folder in folders]).savefig(raw, format="png")
-    return Picture(raw.getvalue())
+    return Picture(png(results([read_history(folder) for folder in folders])))
 
 
 @contextmanager
