@@ -9,22 +9,35 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
 from mlx_qlora.config import RunConfig
 from mlx_qlora.data.audit import audit
 from mlx_qlora.data.corpus import Corpus, gather
+from mlx_qlora.data.exposure import Exposure
 from mlx_qlora.data.layout import BatchConfig, Layout, lay_out, smaller
 from mlx_qlora.data.render import RenderConfig
-from mlx_qlora.data.sources import SourceConfig, find
+from mlx_qlora.data.sources import Source, SourceConfig, find
+from mlx_qlora.data.vocabulary import learn
+from mlx_qlora.data.windows import WindowConfig
 from mlx_qlora.engine.memory import MemoryConfig
-from mlx_qlora.engine.optim import OptimConfig, make_optimizer
+from mlx_qlora.engine.optim import OptimConfig, make_optimizer, times
+from mlx_qlora.engine.optim import begin as begin_optimizer
 from mlx_qlora.engine.room import Room
 from mlx_qlora.engine.steps import Engine, Enter, Objective
 from mlx_qlora.errors import ConfigError, ResumeError
 from mlx_qlora.look.console import Console
+from mlx_qlora.look.exposure import brief
 from mlx_qlora.model import backend, lora
 from mlx_qlora.model.activations import KeptTrunk, TrunkCacheConfig, first_kept, open_kept
-from mlx_qlora.model.load import Loaded, fingerprint, load
+from mlx_qlora.model.create import CreateConfig, create, describe, wanted_vocabulary
+from mlx_qlora.model.full import FullConfig, model_files
+from mlx_qlora.model.load import Loaded, as_loaded, fingerprint, load, load_tokenizer
+from mlx_qlora.model.trained import Trained, begin, of_vocabulary
 from mlx_qlora.objectives.sft import sft
+from mlx_qlora.outlook import planned, warnings
 from mlx_qlora.plan import Plan, checked, choose
 from mlx_qlora.records import BEGIN, Batch, Example, TrainState, Update
 from mlx_qlora.resume import (
@@ -41,6 +54,7 @@ from mlx_qlora.run import disk
 from mlx_qlora.run import folder as run_folder
 from mlx_qlora.run.checkpoint import Checkpoint
 
+MODEL = "model"  # the folder in a run's own where a model lies of which all was trained
 LOOK_AT = 2000  # examples that are compared with each other before training; `mlx-qlora data` takes more
 
 
@@ -50,7 +64,7 @@ class Ready:
 
     config: RunConfig
     loaded: Loaded
-    attached: lora.Attached
+    trained: Trained
     folder: Path
     objective: Objective
     plan: Plan
@@ -60,6 +74,7 @@ class Ready:
     valid: list[Example]
     train_sample: list[Example]
     corpus: Corpus
+    exposure: Exposure
     kept: KeptTrunk | None
     cache: int | None  # bytes of freed buffers that MLX may keep
     facts: dict[str, Any]  # what a checkpoint is compared by
@@ -69,6 +84,11 @@ class Ready:
     def settings(self) -> str:
         """What config.yaml says."""
         return _as_kept(self.config).to_yaml()
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether its losses are of raw text, so that their exponential is a perplexity."""
+        return self.corpus.windows is not None and not self.config.label_smoothing
 
     def layout(self, halvings: int = 0) -> Layout:
         return smaller(self.plan.layout, halvings)
@@ -98,16 +118,18 @@ class Ready:
 
     def engine(self, rate: float = 1.0) -> Engine:
         """What makes the updates; `rate`: by what the learning rate is multiplied."""
-        optimizer = make_optimizer(replace(self.optim, learning_rate=self.optim.learning_rate * rate), self.total)
-        optimizer.init(self.loaded.model.trainable_parameters())
+        model, params = self.loaded.model, self.loaded.model.trainable_parameters()
+        optimizer = make_optimizer(times(self.optim, rate), self.total, params, of_vocabulary(model))
+        begin_optimizer(optimizer, params)
         return Engine(
-            model=self.loaded.model,
+            model=model,
             objective=self.objective,
             optimizer=optimizer,
             config=self.optim,
             with_key=lora.dropout_keys,
             seed=self.config.seed,
             compiled=self.plan.compiled,
+            computes_in=self.trained.computes_in,
             lay_out=self.lay_out,
             rehearse=() if self.plan.roomy else tuple(self.corpus.longest(self.config.examples_per_update)),
         )
@@ -125,13 +147,23 @@ def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
     chosen = as_before(found, config) if found else config
 
     enter("load")
-    loaded = load(config.model, chosen.matmul, found.state["computing"]["matmul"] if found else None)
-    console.fact("model", loaded.describe, backend.describe())
+    loaded = _loaded(chosen, sources, found, console)
     model_digest = fingerprint(loaded.model)
-    attached = lora.attach(loaded.model, config.lora, seed=config.seed)
-    console.adapters(attached)
+    trained = begin(loaded, config.lora, config.part(FullConfig), seed=config.seed, base=config.model)
+    _require_vocabulary(optim_config, loaded.model)
+    console.fact(trained.name, *trained.describe)
+    mx.eval(loaded.model.parameters())
     enter("tokenise")
-    corpus = gather(source, render, loaded.tokenizer, config.seed, console.preparing, sources=sources)
+    corpus = gather(
+        source,
+        render,
+        loaded.tokenizer,
+        config.seed,
+        console.preparing,
+        sources=sources,
+        windows=config.part(WindowConfig),
+        from_nothing=bool(config.preset),
+    )
     account = audit(corpus, look_at=LOOK_AT)
     console.account(account)
     data_digest = corpus.digest()
@@ -143,6 +175,8 @@ def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
     eval_every = config.eval_every or max(1, (per_epoch or total) // 4)
     enter("plan", planned=total, eval_every=eval_every)  # for whoever looks on from outside
     console.plan(optim_config, batch.examples_per_update, per_epoch, total, eval_every)
+    exposure = planned(config, corpus, trained.trainable, trained.total)
+    console.exposure(brief(exposure, config.max_seq_length), warnings(config, exposure))
     keeping = config.part(TrunkCacheConfig)
     plan = choose(chosen, loaded.model, corpus, first=first_kept(keeping, loaded.model))
     sample = corpus.train_sample()
@@ -155,16 +189,18 @@ def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
     if found:
         checkpoints.sweep(folder)
     else:
-        run_folder.clear(folder, of_all_starts=config.overwrite)
+        run_folder.clear(folder, config.overwrite, trained.begins_with)
+        if config.preset:
+            _keep_tokenizer(folder, loaded)
         # That of a run that goes on is written once a checkpoint has the new settings.
         disk.write_atomically(folder / "config.yaml", _as_kept(config).to_yaml())
     disk.write_json(folder / "data_account.json", account.to_json())
-    if corpus.renderer.brought_template:
+    if corpus.renderer.brought_template and not corpus.only_text:
         disk.write_atomically(folder / "chat_template.jinja", loaded.tokenizer.chat_template)
     return Ready(
         config=config,
         loaded=loaded,
-        attached=attached,
+        trained=trained,
         folder=folder,
         objective=sft(config.label_smoothing, plan.passage),
         plan=plan,
@@ -174,6 +210,7 @@ def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
         valid=corpus.valid_examples(),
         train_sample=sample,
         corpus=corpus,
+        exposure=exposure,
         kept=kept,
         cache=plan.cache(config.part(MemoryConfig).limit(backend.memory())),
         facts={
@@ -186,6 +223,58 @@ def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
         },
         checkpoint=found,
     )
+
+
+def _require_vocabulary(config: OptimConfig, model: nn.Module) -> None:
+    """Raise if embeddings and head have a learning rate of their own, and neither is trained."""
+    rate, chosen = config.embedding_learning_rate, of_vocabulary(model)
+    arrays: list[tuple[str, mx.array]] = tree_flatten(model.trainable_parameters())  # type: ignore[assignment]
+    if rate is not None and not any(chosen(name) for name, _ in arrays):
+        raise ConfigError(
+            f"embedding_learning_rate: {rate:g} came, but neither embeddings nor head are trained. Leave it out, or train "
+            "them: --lora.targets all-linear embeddings"
+        )
+
+
+def _loaded(config: RunConfig, sources: Sequence[Source], found: Checkpoint | None, console: Console) -> Loaded:
+    """The model that is trained, and its tokenizer: loaded, or new."""
+    if not config.preset:
+        loaded = load(config.model, config.matmul, found.state["computing"]["matmul"] if found else None)
+        console.fact("model", loaded.describe, backend.describe())
+        return loaded
+    kept = Path(config.output_dir).expanduser() / MODEL if found else None
+    return new_model(config, new_tokenizer(config, sources, console, kept), console)
+
+
+def new_model(config: RunConfig, tokenizer: Any, console: Console) -> Loaded:
+    """The same for every start of a run, and for its plan; not computed yet."""
+    loaded = create(config.part(CreateConfig), tokenizer, config.seed, config.max_seq_length)
+    console.fact("model", describe(loaded), backend.describe())
+    return loaded
+
+
+def new_tokenizer(config: RunConfig, sources: Sequence[Source], console: Console, kept: Path | None = None) -> Any:
+    """The tokenizer of a new model: the one that a run kept, one that is named, or one that is trained on the data."""
+    if kept and (kept / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(str(kept))
+        console.fact("tokenizer", f"{len(tokenizer.get_vocab()):,} tokens, as the run began with it")
+    elif config.tokenizer:
+        tokenizer = load_tokenizer(config.tokenizer)
+        console.fact("tokenizer", f"{len(tokenizer.get_vocab()):,} tokens, that of {config.tokenizer}")
+    else:
+        wanted = wanted_vocabulary(config.part(CreateConfig))
+        learned = learn(sources, config.part(SourceConfig), wanted, config.chat_template)
+        tokenizer = as_loaded(learned.tokenizer)
+        console.fact("tokenizer", *learned.describe)
+    return tokenizer
+
+
+def _keep_tokenizer(folder: Path, loaded: Loaded) -> None:
+    """Where the model will lie; without config.json it is none yet."""
+    (folder / MODEL).mkdir(exist_ok=True)
+    for name, content in model_files(loaded).items():
+        if name != "config.json":
+            disk.write_atomically(folder / MODEL / name, content)
 
 
 def _as_kept(config: RunConfig) -> RunConfig:
@@ -202,10 +291,13 @@ def _where_to_go_on(config: RunConfig, folder: Path, console: Console) -> Checkp
         require_format(found)
         console.resumes(found, [*settings_changed(found, config), *versions_changed(found)])
         return found
+    best = run_folder.delivered(folder)
+    kept = best.parent.name if best else "adapters"
     if damaged:
-        raise ResumeError(f"resume: no checkpoint in {folder} is whole. To begin anew, say --overwrite; adapters/ goes then.")
+        raise ResumeError(f"resume: no checkpoint in {folder} is whole. To begin anew, say --overwrite; {kept}/ goes then.")
     if run_folder.has_validated(folder):
-        raise ResumeError(f"resume: {folder} has validated adapters and no checkpoint. To begin anew, say --overwrite.")
+        validated = "a validated model" if kept == "model" else "validated adapters"
+        raise ResumeError(f"resume: {folder} has {validated} and no checkpoint. To begin anew, say --overwrite.")
     if run_folder.held_by_a_run(folder):
         console.fact("resume", "the run ended before its first checkpoint; it begins anew")
     else:

@@ -26,6 +26,7 @@ from mlx_qlora.assets import demo_config
 from mlx_qlora.data.layout import BatchConfig, LayoutConfig
 from mlx_qlora.data.render import RenderConfig
 from mlx_qlora.data.sources import SourceConfig
+from mlx_qlora.data.windows import WindowConfig
 from mlx_qlora.engine.guard import GuardConfig
 from mlx_qlora.engine.memory import MemoryConfig
 from mlx_qlora.engine.optim import OptimConfig
@@ -33,8 +34,11 @@ from mlx_qlora.engine.steps import StepConfig
 from mlx_qlora.engine.stopping import EarlyStoppingConfig
 from mlx_qlora.errors import ConfigError, all_problems, require
 from mlx_qlora.files import yaml_tree
+from mlx_qlora.look.samples import SampleConfig
 from mlx_qlora.look.tracking.trackers import TrackerConfig
 from mlx_qlora.model.activations import TrunkCacheConfig
+from mlx_qlora.model.create import CreateConfig
+from mlx_qlora.model.full import FullConfig
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.matmul import MatmulConfig
 from mlx_qlora.run.checkpoint import CheckpointConfig
@@ -103,7 +107,19 @@ class _Computing(TrunkCacheConfig, MatmulConfig, StepConfig, MemoryConfig, Layou
 
 @dataclass(frozen=True)
 class RunConfig(
-    _Computing, TrackerConfig, GuardConfig, CheckpointConfig, OptimConfig, BatchConfig, RenderConfig, SourceConfig, WholeRun
+    _Computing,
+    TrackerConfig,
+    SampleConfig,
+    GuardConfig,
+    CheckpointConfig,
+    OptimConfig,
+    BatchConfig,
+    FullConfig,
+    CreateConfig,
+    WindowConfig,
+    RenderConfig,
+    SourceConfig,
+    WholeRun,
 ):
     """All the settings of a run. The parts' own stand flat in it; adapters and early stopping are groups."""
 
@@ -116,10 +132,14 @@ class RunConfig(
                 WholeRun,
                 SourceConfig,
                 RenderConfig,
+                WindowConfig,
+                CreateConfig,
+                FullConfig,
                 BatchConfig,
                 OptimConfig,
                 GuardConfig,
                 CheckpointConfig,
+                SampleConfig,
                 TrackerConfig,
                 LayoutConfig,
                 MemoryConfig,
@@ -129,18 +149,23 @@ class RunConfig(
             ):
                 check(partial(self.part, kind))
 
+        if self.preset:  # there is nothing that adapters could adapt
+            object.__setattr__(self, "fine_tune_type", "full")
+
     def part(self, kind: type[Part]) -> Part:
         """The slice that a part gets: its own dataclass, with this run's values."""
         return kind(**{each.name: getattr(self, each.name) for each in fields(kind)})  # type: ignore[arg-type]
 
     def require_complete(self) -> None:
         """Raise if something is missing that has no default."""
+        self.require_one_model()
         missing = [
-            ("model", "--model FOLDER_OR_NAME", "such as mlx-community/Mistral-7B-Instruct-v0.3-4bit"),
+            ("model", "--model FOLDER_OR_NAME", "such as mlx-community/Mistral-7B-Instruct-v0.3-4bit, or --preset tiny"),
             ("data", "--data FOLDER", "with train.jsonl in it"),
-            ("output_dir", "--output-dir FOLDER", "for the adapters and all that the run writes"),
+            ("output_dir", "--output-dir FOLDER", "for the model or adapters and all that the run writes"),
         ]
-        lines = [f"  {flag:<26} {what}" for name, flag, what in missing if not getattr(self, name)]
+        given = {name for name, _, _ in missing if getattr(self, name)} | ({"model"} if self.preset else set())
+        lines = [f"  {flag:<26} {what}" for name, flag, what in missing if name not in given]
         if lines and self.resume and self.output_dir and not (Path(self.output_dir).expanduser() / "config.yaml").exists():
             raise ConfigError(f"resume: there is no run in {self.output_dir} to go on with. Is the name of the folder right?")
         if lines:
@@ -148,6 +173,24 @@ class RunConfig(
                 "these are missing:\n" + "\n".join(lines) + "\n"
                 "Give them here or in a file (--config run.yaml). To see a whole run first: mlx-qlora train --demo"
             )
+
+    def require_one_model(self) -> None:
+        """Raise if a model is named and another one is to be made."""
+        if self.model and self.preset:
+            raise ConfigError(
+                f"preset: {self.preset!r} came, and model: {self.model!r}. Name the model that is trained further, or make a "
+                "new one with preset; not both."
+            )
+        if self.dropout and self.fine_tune_type == "lora":
+            raise ConfigError(
+                f"dropout: {self.dropout:g} came with fine_tune_type lora, which it does not touch. Adapters have "
+                "--lora.dropout; or train every parameter with --fine-tune-type full."
+            )
+        if self.fine_tune_type == "full" and (asked := flat({"lora": _plain(asdict(self.lora))})) != _UNASKED:
+            name = next(name for name, value in asked.items() if value != _UNASKED[name])
+            raise ConfigError(f"{name}: {asked[name]} came, and all of the model is trained, without adapters. Leave it out.")
+        if lost := [name for name in ("tokenizer", "vocab_size") if getattr(self, name) and not self.preset]:
+            raise ConfigError(f"{lost[0]}: {getattr(self, lost[0])!r} came without preset; a model that is loaded has its own.")
 
     def plain(self) -> dict[str, Any]:
         """Every value, in the kinds that YAML and JSON know."""
@@ -206,6 +249,7 @@ def parse(arguments: Sequence[str], prog: str = "mlx-qlora train") -> RunConfig:
 
     A run that goes on has its own settings, but for what the command line says.
     """
+    arguments = [_in_full(each) for each in arguments]
     files, _ = tyro.cli(_Files, args=arguments, return_unknown_args=True, add_help=False)
     config = _from_files(files, RunConfig())
     kept = Path(files.output_dir or config.output_dir).expanduser() / "config.yaml"
@@ -214,6 +258,19 @@ def parse(arguments: Sequence[str], prog: str = "mlx-qlora train") -> RunConfig:
     default = _CommandLine(**_own_values(config))
     line = tyro.cli(_CommandLine, prog=prog, args=arguments, default=default, config=_BY_VALUE)
     return RunConfig(**_own_values(line))
+
+
+# Short names of flags that other trainers have.
+_SHORT = {"--seq-len": "--max-seq-length", "--grad-accum": "--gradient-accumulation", "--lr": "--learning-rate"}
+
+
+def _in_full(argument: str) -> str:
+    """
+    >>> _in_full("--seq_len=32"), _in_full("--lr"), _in_full("--batch-size")
+    ('--max-seq-length=32', '--learning-rate', '--batch-size')
+    """
+    flag, equals, value = argument.partition("=")
+    return _SHORT.get(flag.replace("_", "-"), flag) + equals + value
 
 
 def _from_files(files: _Files, config: RunConfig) -> RunConfig:
@@ -283,6 +340,9 @@ def _types_of(kind: Any) -> dict[str, Any]:
 
 
 _GROUPS = {each.name for each in fields(RunConfig) if is_dataclass(typing.get_type_hints(RunConfig)[each.name])}
+
+
+_UNASKED = flat({"lora": _plain(asdict(LoraConfig()))})
 
 
 def _value(hint: Any, node: yaml.Node) -> Any:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,19 +17,22 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_qlora.data.layout import Kind, Layout, lay_out, smaller
-from mlx_qlora.data.part import Part, Split, open_part
+from mlx_qlora.data.part import Part, Split, holds_text, open_part
+from mlx_qlora.data.prepare import row_of
 from mlx_qlora.data.render import Question, RenderConfig
 from mlx_qlora.data.shapes import fit as fit_shapes
 from mlx_qlora.data.sources import SourceConfig, find
+from mlx_qlora.data.windows import Ruler
 from mlx_qlora.engine.room import Room
 from mlx_qlora.errors import ConfigError, DataError, ModelError, RunFolderError, require
 from mlx_qlora.files import json_object
 from mlx_qlora.look.console import Console
 from mlx_qlora.look.evaluation import harness, results
 from mlx_qlora.look.evaluation.answering import Progress, SoFar
-from mlx_qlora.look.evaluation.generate import Asking, generate, without_adapters
+from mlx_qlora.look.evaluation.generate import Asking, generate
 from mlx_qlora.look.evaluation.labels import labels_of
 from mlx_qlora.look.evaluation.own_metric import load_metrics
+from mlx_qlora.look.evaluation.perplexity import Document, OfText, Strided, Text
 from mlx_qlora.look.evaluation.results import BASE, TUNED, Evaluation, Prediction
 from mlx_qlora.look.evaluation.scores import Named, scores_for, words
 from mlx_qlora.look.measure import Measured, measure
@@ -56,6 +59,8 @@ class Wanted:
     render: RenderConfig
     output: Path
     adapters: Path | None = None  # the folder; None: the model as it is
+    trained_whole: bool = False  # the model is what a run has trained in full
+    base_model: str = ""  # what the model was before it was trained in full, if that is known
     seed: int = 0
     split_seed: int = 0  # of rows that are split off: with another one than the run's, it was trained on some
     matmul: str = "auto"
@@ -72,11 +77,23 @@ class Wanted:
     harness: tuple[str, ...] = ()
     harness_limit: int | None = None
     harness_include_path: str = ""
+    window: int | None = None  # of raw text
+    stride: int | None = None
+    cross_documents: bool = False
+    trained_in: Ruler | None = None  # the windows of the run, which say what of its text it kept apart
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def tuned(self) -> bool:
+        """Whether there is a base that it was made of."""
+        return bool(self.adapters or self.base_model)
 
     def __post_init__(self) -> None:
         asked, most, rows = self.questions, self.max_answer_tokens, self.batch_size
+        window, stride = self.window, self.stride
         require(
+            (window is None or window >= 1, "window", window, "a whole number from 1"),
+            (stride is None or stride >= 1, "stride", stride, "a whole number from 1"),
             (asked is None or asked >= 0, "questions", asked, "a whole number from 0"),
             (most >= 1, "max_answer_tokens", most, "a whole number from 1"),
             (0 <= self.temperature < 100, "temperature", self.temperature, "a number from 0"),
@@ -95,10 +112,15 @@ def evaluate(wanted: Wanted, console: Console) -> tuple[Evaluation, list[Path]]:
     load_metrics(wanted.metrics, ())
     tasks = harness.tasks(wanted.harness, wanted.harness_include_path) if wanted.harness else None
     sources = find(wanted.source, training=False)
+    is_text = holds_text(sources, wanted.source)
+    if not is_text and (wanted.window or wanted.stride or wanted.cross_documents):
+        raise ConfigError("window, stride, cross_documents: these are of raw text, and these rows are none. Leave them out.")
     loaded = load(wanted.model, wanted.matmul)
     console.fact("model", loaded.describe, backend.describe())
+    how = _strided(wanted, loaded) if is_text else None
     digest = fingerprint(loaded.model)
-    adapters = _attach(loaded.model, wanted.adapters) if wanted.adapters else ""
+    models = _Models(loaded, wanted)
+    adapters = _attach(loaded.model, wanted.adapters) if wanted.adapters else _whole(wanted)
     if wanted.adapters:
         console.fact("adapters", str(wanted.adapters))
     part = open_part(
@@ -110,21 +132,26 @@ def evaluate(wanted: Wanted, console: Console) -> tuple[Evaluation, list[Path]]:
         wanted.split,
         wanted.whole,
         console.preparing,
+        texts=is_text,
+        ruler=wanted.trained_in,
     )
     asked = part.questions(wanted.questions) if wanted.questions != 0 else []
     console.end_bar()
     told = f"{part.rows:,} row{'s' if part.rows != 1 else ''} ({part.said})"
+    text = Text(_documents(part), how, _size_of(loaded.tokenizer)) if how else None
     questions = "1 question is" if len(asked) == 1 else f"{len(asked):,} questions are"
-    console.fact("data", f"{part.split}: {told}, {questions} asked")
+    console.fact("data", f"{part.split}: {told}{'' if text else f', {questions} asked'}", *([text.describe] if text else []))
     metrics, labels, left_out = _metrics(wanted, asked)
-    notes = [*wanted.notes, *_doubts(wanted, part), *_beyond(loaded, part, asked), *left_out]
+    doubts = _unknown(text, loaded.tokenizer) if text else _beyond(loaded, part, asked)
+    notes = [*wanted.notes, *_doubts(wanted, part), *doubts, *left_out]
 
-    losses, layout_notes = _losses(loaded, part, wanted, console)
+    losses, of_text, layout_notes = _losses(models, part, text, wanted, console)
     so_far = SoFar(wanted.output, (digest, adapters, *_how(wanted)), asked)
-    answers = _answers(loaded, asked, wanted, so_far, console)
+    answers = _answers(models, asked, wanted, so_far, console)
     found = Evaluation(
         model=loaded.name,
         adapters=str(wanted.adapters or ""),
+        base=wanted.base_model,
         data=", ".join(wanted.source.sources),
         split=part.split,
         rows=part.rows,
@@ -137,8 +164,10 @@ def evaluate(wanted: Wanted, console: Console) -> tuple[Evaluation, list[Path]]:
         settings=_settings(wanted, digest, adapters),
         versions=versions() | _packages(bool(tasks)),
         notes=(*notes, *layout_notes),
-        examples=tuple((each.id, _digest(each)) for each in part.examples),
-        harness=_harness(tasks, loaded, part.renderer.pairs_are_chats, wanted, console) if tasks else {},
+        examples=tuple((each.id, _digest(each, how)) for each in (text.units if text else part.examples)),
+        text=text.to_json() if text else None,
+        of_text=of_text,
+        harness=_harness(tasks, models, part.renderer.pairs_are_chats, wanted, console) if tasks else {},
     )
     wanted.output.mkdir(parents=True, exist_ok=True)
     files = results.write(found, wanted.output)
@@ -154,6 +183,34 @@ def _require_folder(folder: Path) -> None:
 
 
 # The model
+
+
+class _Models:
+    """The model that is asked about, and what it was before."""
+
+    def __init__(self, loaded: Loaded, wanted: Wanted):
+        self.own, self._wanted = loaded, wanted
+        self._base: Loaded | None = None
+
+    @contextmanager
+    def named(self, which: str) -> Iterator[Loaded]:
+        """The one or the other, while inside. A base that is another model is loaded once, beside the first."""
+        if which == TUNED:
+            yield self.own
+        elif self._wanted.adapters:
+            with lora.without_adapters(self.own.model):
+                yield self.own
+        else:
+            self._base = self._base or load(self._wanted.base_model, self._wanted.matmul)
+            yield self._base
+
+
+def _whole(wanted: Wanted) -> str:
+    """The digest of a model that a run has trained in full, as of adapters."""
+    file = Path(wanted.model) / "model.safetensors"
+    if not wanted.trained_whole:
+        return ""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _attach(model: nn.Module, folder: Path) -> str:
@@ -199,28 +256,37 @@ def _scale(folder: Path) -> float:
 # Losses
 
 
-def _losses(loaded: Loaded, part: Part, wanted: Wanted, console: Console) -> tuple[dict[str, Measured], tuple[str, ...]]:
+def _losses(
+    models: _Models, part: Part, text: Text | None, wanted: Wanted, console: Console
+) -> tuple[dict[str, Measured], dict[str, OfText], tuple[str, ...]]:
     """The plain cross-entropy of all examples, without label smoothing, so that its exponential is a perplexity."""
-    if not part.examples:
+    examples = text.examples if text else part.examples
+    if not examples:
         raise DataError(f"{part.said}: no row has anything whose loss could be measured.")
-    model = loaded.model
-    plan = checked(Plan(_layout(model, part.examples), Passage(), compiled=False), model, sft(), part.examples[:_SAMPLE])
+    model, of_text = models.own.model, {}
+    plan = checked(Plan(_layout(model, examples), Passage(), compiled=False), model, sft(), examples[:_SAMPLE])
     room = Room(plan.layout.token_budget, tell=lambda now: console.say(f"memory ended: at most {now:,} positions at once"))
 
-    def measured(whose: str) -> Measured:
+    def measured(which: str, whose: str) -> Measured:
         def of(halvings: int) -> Measured:
-            batches = lay_out(part.examples, smaller(plan.layout, halvings))
+            batches = lay_out(examples, smaller(plan.layout, halvings))
             with Progress(f"loss, {whose}", len(batches), "batches", console.say) as progress:
-                return measure(model, sft(), progress.through(batches), part.examples)
+                return measure(now.model, sft(), progress.through(batches), examples)
 
-        return room.within(of)
+        with models.named(which) as now, wired_memory(now.model):
+            if text is None:
+                return room.within(of)
+            with Progress(f"loss, {whose}", len(examples), "windows", console.say) as progress:
+                of_text[which] = text.score(now.model, plan.layout, room, progress.add)
+            return of_text[which].loss
 
-    with wired_memory(model):
-        losses = {TUNED: measured(_title(wanted))}
-        if wanted.adapters and wanted.base:
-            with without_adapters(model):
-                losses[BASE] = measured("base model")
-    return losses, plan.notes
+    return {which: measured(which, whose) for which, whose in _turns(wanted)}, of_text, plan.notes
+
+
+def _turns(wanted: Wanted) -> list[tuple[str, str]]:
+    """Whom to ask, and what they are called."""
+    own = [(TUNED, "fine-tuned" if wanted.tuned else "model")]
+    return [*own, (BASE, "base model")] if wanted.tuned and wanted.base else own
 
 
 def _layout(model: nn.Module, examples: Sequence[Example]) -> Layout:
@@ -236,9 +302,60 @@ def _layout(model: nn.Module, examples: Sequence[Example]) -> Layout:
     return Layout(Kind.PADDED, BUDGET, shapes=fit_shapes(lengths, places, common_prefix(examples[:_SAMPLE])))
 
 
-def _digest(example: Example) -> str:
-    """Of what its loss is of: an id is a line's number in a file, and many a file is called valid.jsonl."""
-    return hashlib.blake2b(example.tokens.tobytes() + example.weights.tobytes(), digest_size=8).hexdigest()
+def _digest(example: Example, how: Strided | None) -> str:
+    """Of what its loss is of: an id is a line's number in a file, and many a file is called valid.jsonl. Of text, the window
+    is a part of that."""
+    of = example.tokens.tobytes() + example.weights.tobytes() + (repr(how).encode() if how else b"")
+    return hashlib.blake2b(of, digest_size=8).hexdigest()
+
+
+# Raw text
+
+
+def _strided(wanted: Wanted, loaded: Loaded) -> Strided:
+    """The windows that are wanted, or those of the run as far as the model reads."""
+    most = loaded.config.get("max_position_embeddings")
+    most = most if isinstance(most, int) else None
+    if wanted.window and most and wanted.window > most:
+        raise ConfigError(
+            f"window: {wanted.window:,} came, at most {most:,} is expected: the model was made for so many tokens "
+            "(max_position_embeddings in its config.json)."
+        )
+    window = wanted.window or min(wanted.render.max_seq_length, most or wanted.render.max_seq_length)
+    return Strided(window, wanted.stride or max(1, window // 2), wanted.cross_documents)
+
+
+def _documents(part: Part) -> list[Document]:
+    """With the bytes of their text as it stands in the source: what tokens decode to may be without a space of it."""
+    sizes, tokenizer = part.text_bytes(), part.renderer.tokenizer
+    size_of = _size_of(tokenizer)
+    for each in part.examples:
+        if each.id in part.in_part and each.id in sizes:  # of what is not a whole text, its tokens tell
+            sizes[each.id] = size_of(each.tokens.tolist())
+    return [_document(each, sizes.get(row_of(each.id)), tokenizer) for each in part.examples]
+
+
+def _document(example: Example, size: int | None, tokenizer: Any) -> Document:
+    if size is None or not (example.weights[1:] == 1).all():
+        return Document(example)
+    first = example.tokens[0].item()
+    if first not in tokenizer.all_special_ids:  # no tokenizer's own beginning, but one of the text's tokens, which is no target
+        size -= _size_of(tokenizer)([first])
+    return Document(example, max(size, 0), ended=example.tokens[-1].item() == tokenizer.eos_token_id)
+
+
+def _unknown(text: Text, tokenizer: Any) -> list[str]:
+    """Letters that the tokenizer does not have: the model foresees that there is one, and not which."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        return []
+    count = sum(int((each.example.tokens[1:] == unknown).sum()) for each in text.documents)
+    said = "the tokenizer does not know their letters, so all measures look better than they are"
+    return [f"{count:,} of {text.tokens:,} tokens are {tokenizer.unk_token}: {said}"] if count else []
+
+
+def _size_of(tokenizer: Any) -> Callable[[Sequence[int]], int]:
+    return lambda tokens: len(tokenizer.decode(tokens, skip_special_tokens=True).encode())
 
 
 # Answers
@@ -274,7 +391,7 @@ def _labels(wanted: Wanted, asked: Sequence[Question]) -> tuple[str, ...]:
 
 
 def _answers(
-    loaded: Loaded, asked: Sequence[Question], wanted: Wanted, so_far: SoFar, console: Console
+    models: _Models, asked: Sequence[Question], wanted: Wanted, so_far: SoFar, console: Console
 ) -> dict[str, list[str]]:
     """What the model, and without its adapters the base, answer. What is there when it is broken off stays."""
     if not asked:
@@ -282,21 +399,16 @@ def _answers(
     how = Asking(*_how(wanted), wanted.batch_size)
     if so_far.taken_over:
         console.say(f"{so_far.taken_over:,} answers of an evaluation that was broken off are taken over from {so_far.path}")
-    turns = [(TUNED, _title(wanted))]
-    turns += [(BASE, "base model")] if wanted.adapters and wanted.base else []
+    turns = _turns(wanted)
     try:
         for which, title in turns:
-            with without_adapters(loaded.model) if which == BASE else nullcontext():
-                _ask(loaded, asked, which, title, how, so_far, console)
+            with models.named(which) as now:
+                _ask(now, asked, which, title, how, so_far, console)
     except KeyboardInterrupt:
         if count := sum(map(len, so_far.answers.values())):
             console.say(f"{count:,} answers are kept in {so_far.path}; the same command goes on from there")
         raise
     return {which: so_far.texts(which) for which, _ in turns}
-
-
-def _title(wanted: Wanted) -> str:
-    return "fine-tuned" if wanted.adapters else "model"
 
 
 def _how(wanted: Wanted) -> tuple[int, float, int]:
@@ -335,7 +447,8 @@ def _doubts(wanted: Wanted, part: Part) -> list[str]:
     if wanted.whole:
         return []
     if part.split == "valid":
-        return ["the validation rows chose the best adapters, so these scores are a little too good; test rows chose nothing"]
+        best = "model" if wanted.trained_whole else "adapters"
+        return [f"the validation rows chose the best {best}, so these scores are a little too good; test rows chose nothing"]
     return ["the model was trained on these rows: this says what it remembers"] if part.split == "train" else []
 
 
@@ -363,14 +476,11 @@ def _packages(with_harness: bool) -> dict[str, str]:
     return {name: version(name) for name in names if importlib.util.find_spec(modules.get(name, name))}
 
 
-def _harness(tasks: harness.Tasks, loaded: Loaded, chat: bool, wanted: Wanted, console: Console) -> dict[str, Any]:
-    def scored() -> dict[str, Any]:
+def _harness(tasks: harness.Tasks, models: _Models, chat: bool, wanted: Wanted, console: Console) -> dict[str, Any]:
+    def scored(which: str) -> dict[str, Any]:
         rows = wanted.batch_size or _HARNESS_ROWS
-        return harness.run(tasks, loaded.model, loaded.tokenizer, chat, wanted.harness_limit, rows, wanted.seed)
+        with models.named(which) as now:
+            return harness.run(tasks, now.model, now.tokenizer, chat, wanted.harness_limit, rows, wanted.seed)
 
     console.say(f"lm-evaluation-harness: {', '.join(wanted.harness)}")
-    found = {TUNED: scored()}
-    if wanted.adapters and wanted.base:
-        with without_adapters(loaded.model):
-            found[BASE] = scored()
-    return found
+    return {which: scored(which) for which, _ in _turns(wanted)}

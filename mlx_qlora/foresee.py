@@ -9,20 +9,22 @@ estimate: buffers wait for command buffers there, kernels have scratch memory, a
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_qlora.data.layout import Layout, lay_out
 from mlx_qlora.engine.graph import MARKS, trace, with_repeats
 from mlx_qlora.engine.memory import Memory, simulated
-from mlx_qlora.engine.optim import OptimConfig, make_optimizer
+from mlx_qlora.engine.optim import OptimConfig, begin, guarded_update, make_optimizer
+from mlx_qlora.engine.steps import in_precision
 from mlx_qlora.model import backend, lora, transforms
+from mlx_qlora.model.trained import of_vocabulary
 from mlx_qlora.model.trunk import Passage
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.records import Batch, Example
@@ -36,6 +38,9 @@ class Foresight:
     examples: Sequence[Example]
     optim: OptimConfig
     label_smoothing: float = 0.0
+    computes_in: mx.Dtype | None = None  # forward and backward; None: as the parameters are
+    keeps_best: bool = False  # whether the best parameters so far, beside those of now, are worth counting
+    _updates: list[int] = field(default_factory=list, init=False, compare=False)
     _known: dict[tuple[Layout, Passage], Memory] = field(default_factory=dict, init=False, compare=False)
 
     def memory(self, layout: Layout, passage: Passage) -> Memory:
@@ -47,19 +52,52 @@ class Foresight:
     def _memory(self, layout: Layout, passage: Passage) -> Memory:
         batches = lay_out(self.examples, layout)
         largest = max(batches, key=lambda batch: (batch.computed, batch.positions.size))
-        step = of_step(self.model, largest, passage, self.label_smoothing)
-        adapters = _bytes(self.model.trainable_parameters())
+        step = of_step(self.model, largest, passage, self.label_smoothing, self.computes_in)
+        trained = _bytes(self.model.trainable_parameters())
         state = _state(self.optim, self.model)
-        sums = adapters if len(batches) > 1 else 0  # those of the batches before
-        return _with_update(step, adapters, state, sums)
+        sums = trained if len(batches) > 1 else 0  # those of the batches before
+        if not self._updates:
+            self._updates.append(_of_update(self.optim, self.model))
+        whole = _with_update(step, self._updates[0], state, sums)
+        return replace(whole, adapters=whole.adapters + trained) if self.keeps_best else whole
 
 
-def _with_update(step: Memory, adapters: int, state: int, sums: int) -> Memory:
-    """The peak is in a step or in the update after it: there are gradients, divided and clipped, and all that is new
-    beside what was before. What an optimizer computes on its way is as much as two of its states at most."""
-    update = 4 * adapters + 2 * state
-    more = max(0, step.weights + step.adapters + state + update - (step.peak + state + sums))
+def _with_update(step: Memory, update: int, state: int, sums: int) -> Memory:
+    """The peak is in a step or in the update after it."""
+    more = max(0, step.weights + update - (step.peak + state + sums))
     return Memory(step.weights, step.adapters, state + sums, step.activations + more, step.logits, step.dequantised, step.cache)
+
+
+def _of_update(config: OptimConfig, model: nn.Module) -> int:
+    """The peak of the update itself, with what is trained and the optimizer's state before and after: the gradients,
+    divided and clipped, and what an optimizer computes on its way."""
+    params = model.trainable_parameters()
+    optimizer = make_optimizer(config, 1, params, of_vocabulary(model))
+    begin(optimizer, params)
+    own, state = _named(params), _named(optimizer.state)
+
+    def update(loss: mx.array, weight: mx.array, *arrays: mx.array) -> Sequence[mx.array]:
+        now = iter(arrays)
+        before = _tree(own, now)
+        optimizer.state = _tree(state, now)
+        gradients = tree_map(lambda sum: sum / weight, _tree(own, now))
+        done = guarded_update(optimizer, before, gradients, loss, config.clip_grad_norm)
+        return [*_named((done, optimizer.state)).values()]
+
+    one = mx.array(1.0)
+    graph = trace(update, [one, one, *own.values(), *state.values(), *own.values()])
+    held = set(graph.inputs[2 : 2 + len(own) + len(state)])  # until the update is known to be finite
+    kinds = {name: "weights" if name in held else "batch" for name in graph.inputs}
+    return simulated(graph, [graph.outputs], kinds, 0)[0]
+
+
+def _named(tree: Any) -> dict[str, mx.array]:
+    arrays: dict[str, mx.array] = tree_flatten(tree, destination={})  # type: ignore[assignment]
+    return arrays
+
+
+def _tree(names: Iterable[str], arrays: Iterator[mx.array]) -> Any:
+    return tree_unflatten([(name, next(arrays)) for name in names])
 
 
 def longest(lengths: Sequence[int], supervised: Sequence[int] | None = None) -> list[Example]:
@@ -75,14 +113,16 @@ def longest(lengths: Sequence[int], supervised: Sequence[int] | None = None) -> 
     return made
 
 
-def of_step(model: nn.Module, batch: Batch, passage: Passage, label_smoothing: float = 0.0) -> Memory:
+def of_step(
+    model: nn.Module, batch: Batch, passage: Passage, label_smoothing: float = 0.0, dtype: mx.Dtype | None = None
+) -> Memory:
     """At the peak of a micro-step, without optimizer and sums of gradients."""
-    part = _traced(model, batch, passage, label_smoothing)
+    part = _traced(model, batch, passage, label_smoothing, dtype)
     trained = _bytes(model.trainable_parameters())
     return Memory(_bytes(model.parameters()) - trained, trained, 0, part.activations, part.logits, part.dequantised)
 
 
-def _traced(model: nn.Module, batch: Batch, passage: Passage, label_smoothing: float) -> Memory:
+def _traced(model: nn.Module, batch: Batch, passage: Passage, label_smoothing: float, dtype: mx.Dtype | None) -> Memory:
     """What a step of a model needs besides its arrays."""
     parameters: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
     trained = list(lora.adapter_arrays(model))
@@ -96,7 +136,7 @@ def _traced(model: nn.Module, batch: Batch, passage: Passage, label_smoothing: f
         weights: list[mx.array] = []
 
         def total(values: Sequence[mx.array]) -> mx.array:
-            model.update(tree_unflatten(list(zip(trained, values, strict=True))))
+            model.update(in_precision(tree_unflatten(list(zip(trained, values, strict=True))), dtype))
             loss = objective(model, traced)
             weights.append(loss.weight)
             return loss.total
@@ -141,6 +181,7 @@ def _bytes(tree: Any) -> int:
 
 def _state(config: OptimConfig, model: nn.Module) -> int:
     """The bytes that an optimizer keeps. Its arrays are made, and not computed."""
-    optimizer = make_optimizer(config, 1)
-    optimizer.init(model.trainable_parameters())
+    params = model.trainable_parameters()
+    optimizer = make_optimizer(config, 1, params, of_vocabulary(model))
+    begin(optimizer, params)
     return _bytes(optimizer.state)

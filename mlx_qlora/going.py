@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
+from pathlib import PurePath
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_qlora.build import Ready
 from mlx_qlora.config import flat
+from mlx_qlora.data.exposure import seen
 from mlx_qlora.data.layout import lay_out
 from mlx_qlora.engine.guard import Guard, GuardConfig
 from mlx_qlora.engine.memory import cache_limit
 from mlx_qlora.engine.room import Room
-from mlx_qlora.engine.steps import Engine, Enter
+from mlx_qlora.engine.steps import Engine, Enter, computing_in
 from mlx_qlora.engine.stopping import EarlyStoppingMonitor
 from mlx_qlora.errors import NonFiniteError, RunFolderError
 from mlx_qlora.keep import Keeper
 from mlx_qlora.look.console import Console
 from mlx_qlora.look.gap import GapAnalysis, analyse
 from mlx_qlora.look.measure import Measured, measure
+from mlx_qlora.look.samples import Prompt, SampleConfig, Samples, prompts_of
+from mlx_qlora.look.samples import write as write_samples
 from mlx_qlora.look.suspects import MOST, suspects
 from mlx_qlora.look.tracking.tools import Opening
 from mlx_qlora.look.tracking.trackers import TrackerConfig, Trackers
-from mlx_qlora.model import backend, lora
+from mlx_qlora.model import backend
 from mlx_qlora.model.load import wired_memory
+from mlx_qlora.model.trained import arrays_of
 from mlx_qlora.records import Batch, EvalReport, Example, StepReport, Update
 from mlx_qlora.resume import Standing, put_back, trained_otherwise, versions
 from mlx_qlora.run import disk
@@ -52,6 +58,8 @@ class Going:
         self.ended = FAILED  # until something better is known
         self.asked = Asked()
         self._stack = ExitStack()
+        self._samples, self._prompts = Samples(ready.folder), list[Prompt]()
+        self._sampling_s = dict[int, float]()  # by the update before
         self._engine = ready.engine()  # its optimizer is what a checkpoint gives back
         if ready.checkpoint:
             self._take_back(ready.checkpoint)
@@ -63,7 +71,7 @@ class Going:
             ready.folder,
             config.part(CheckpointConfig),
             ready.facts,
-            ready.attached.adapter_config,
+            ready.trained,
             self.metrics,
             ready.kept,
             console.say,
@@ -123,16 +131,15 @@ class Going:
             else:
                 self.keeper.wait()
 
-        def adapters() -> None:
+        def trained() -> None:
             if standing.best is None:  # nothing was validated, or nothing was finite: keep what there is
-                arrays = lora.adapter_arrays(ready.loaded.model)
-                run_folder.save_adapters(ready.folder, arrays, ready.attached.adapter_config)
+                run_folder.deliver(ready.folder, ready.trained.delivered(arrays_of(ready.loaded.model)))
             else:
                 self.keeper.keep_best(standing)
 
         left: dict[str, Callable[[], None]] = {  # in this order: what comes later says what became of the earlier
             "the last checkpoint": checkpoint,
-            "adapters/": adapters,
+            f"{PurePath(ready.trained.file).parent}/": trained,
             "training_state.json": lambda: self.keeper.end(standing, self.ended),
             "training_metrics.jsonl": self.metrics.finish,
             "training_metrics.json and .csv": lambda: copies(ready.folder, self.metrics.lines),
@@ -165,11 +172,12 @@ class Going:
         """Be where the checkpoint says."""
         self.standing.rate = found.state["rate"]
         self._engine = self.ready.engine(self.standing.rate)
-        put_back(found, self.standing, self.ready.loaded.model, self._engine.optimizer)
+        put_back(found, self.standing, self.ready.trained, self.ready.loaded.model, self._engine.optimizer)
         if trained_otherwise(found, self.ready.config):
             self.standing.window = None  # an update is of one kind
         if self.standing.state.halvings and self.ready.plan.layout.token_budget != found.state["computing"]["token_budget"]:
             self.standing.state = replace(self.standing.state, halvings=0)  # another budget was asked for since
+        self._samples.back_to(self.standing.state.step)
 
     def stops_early(self) -> bool:
         return self.standing.monitor.should_stop
@@ -208,15 +216,35 @@ class Going:
         evaluation = EvalReport(report.step, val.mean, train.mean, best, stale, val.error, train.error)
         standing.validations.append((evaluation, report.epoch))
         if best:
-            standing.best_adapters = dict(lora.adapter_arrays(ready.loaded.model))
+            standing.best_arrays = arrays_of(ready.loaded.model)
         return evaluation
+
+    def sample(self, evaluation: EvalReport | None) -> None:
+        """Let the model write, where it is time for that. It is for a person to read: what goes wrong in it is said."""
+        ready, config, step = self.ready, self.ready.config.part(SampleConfig), self.standing.state.step
+        of_text = ready.corpus.windows is not None
+        if not config.due(step, ready.total, validated=evaluation is not None and of_text):
+            return
+        self.enter("sample")
+        begun = time.perf_counter()
+        try:
+            self._prompts = self._prompts or prompts_of(config, ready.corpus, ready.valid)
+            lines = write_samples(ready.loaded.model, ready.loaded.tokenizer, self._prompts, config, ready.config.seed, step)
+            self._samples.add(lines)
+        except Exception as problem:
+            self.console.say(f"WARNING: update {step}: no samples: {type(problem).__name__}: {str(problem)[:200]}")
+            return
+        finally:
+            self._sampling_s[step] = time.perf_counter() - begun
+        self.console.samples(lines)
 
     def _measured(self, examples: Sequence[Example]) -> Measured:
         def of(halvings: int) -> Measured:
             batches = lay_out(examples, self.ready.layout(halvings))
             return measure(self.ready.loaded.model, self.ready.objective, self._seen(batches), examples)
 
-        return self.room.within(of)
+        with computing_in(self.ready.loaded.model, self.ready.trained.computes_in):
+            return self.room.within(of)
 
     def _seen(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         for number, batch in enumerate(batches, start=1):
@@ -266,33 +294,48 @@ class Going:
     def gap(self) -> GapAnalysis:
         """What the validations say so far; there has been one."""
         ready = self.ready
-        tokens = int(ready.corpus.train.supervised.sum()) if ready.corpus.train is not None else 0
-        return analyse(self.standing.validations, flat(ready.config.plain()), ready.attached.trainable, tokens)
+        tokens = ready.corpus.trained_tokens
+        return analyse(self.standing.validations, flat(ready.config.plain()), ready.trained.trainable, tokens)
+
+    def exposure(self) -> dict[str, Any]:
+        """What was planned to be seen, and what really was."""
+        ready, standing = self.ready, self.standing
+        state, order = standing.state, ready.corpus.order
+        rows = state.next.epoch * order.length + state.next.place  # whose last tokens were targets only
+        if ready.corpus.train is None:  # a stream's bookmark counts what it has read ahead
+            rows = state.step * ready.exposure.examples_per_update
+        found = seen(ready.exposure, state.step, standing.tokens - rows, standing.supervised_tokens)
+        return {"planned": ready.exposure.to_json(), **asdict(found)}
 
     def summary(self) -> dict[str, Any]:
         ready, standing = self.ready, self.standing
         state, best = standing.state, standing.best
+        trained_s = state.elapsed_s - sum(took for step, took in self._sampling_s.items() if step < state.step)
         return {
             "ended": self.ended,
             "steps": state.step,
             "planned_steps": ready.total,
             "epoch": standing.epoch,
-            "best": {**asdict(best[0]), "gap": best[0].gap, "epoch": best[1]} if best else None,
+            "best": {**asdict(best[0]), "gap": best[0].gap, "epoch": best[1], **self._perplexity(best[0])} if best else None,
             "gap": asdict(self.gap()) if best else None,
             "tokens": standing.tokens,
             "supervised_tokens": standing.supervised_tokens,
-            "tokens_per_second": standing.tokens / state.elapsed_s if state.elapsed_s else 0.0,
+            "exposure": self.exposure(),
+            "tokens_per_second": standing.tokens / trained_s if trained_s > 0 else 0.0,
             "elapsed_s": state.elapsed_s,
             "peak_memory_gb": standing.peak_memory_gb,
             "skipped_updates": state.skipped_updates,
             "rollbacks": standing.rollbacks,
             "halvings": state.halvings,
             "model": ready.loaded.name,
-            "trainable_parameters": ready.attached.trainable,
-            "total_parameters": ready.attached.total,
+            "trainable_parameters": ready.trained.trainable,
+            "total_parameters": ready.trained.total,
             "device": backend.describe(),
             "versions": versions(),
         }
+
+    def _perplexity(self, report: EvalReport) -> dict[str, float]:
+        return {"perplexity": report.perplexity} if self.ready.reads_text else {}
 
 
 def _problem(write: Callable[[], None]) -> str:

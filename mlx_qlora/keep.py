@@ -15,6 +15,7 @@ import mlx.nn as nn
 import mlx.optimizers
 
 from mlx_qlora.model.activations import KeptTrunk
+from mlx_qlora.model.trained import Trained
 from mlx_qlora.records import EvalReport
 from mlx_qlora.resume import Arrays, Standing, to_keep
 from mlx_qlora.run import checkpoint, disk
@@ -24,7 +25,7 @@ from mlx_qlora.run.metrics import MetricsWriter, copies
 
 
 class Keeper:
-    """Writes checkpoints, the best adapters and training_state.json of one run.
+    """Writes checkpoints, the best that was trained and training_state.json of one run.
 
     What can't be written is said and tried again the next time; training goes on meanwhile. What a run computes never
     depends on when it is saved.
@@ -35,13 +36,13 @@ class Keeper:
         folder: Path,
         config: CheckpointConfig,
         facts: Mapping[str, Any],  # what a checkpoint is compared by when a run goes on: settings, digests, versions
-        adapter_config: Mapping[str, Any],
+        trained: Trained,
         metrics: MetricsWriter,
         trunk: KeptTrunk | None,
         tell: Callable[[str], None],
     ):
         self.folder, self.config, self.tell = folder, config, tell
-        self._facts, self._adapter_config, self._metrics, self._trunk = facts, adapter_config, metrics, trunk
+        self._facts, self._trained, self._metrics, self._trunk = facts, trained, metrics, trunk
         self._saver = checkpoint.Saver()
         self._saved_at = time.monotonic()
         self._last: tuple[int, int] | None = None  # (updates, batches) of what is being written, or was
@@ -59,8 +60,8 @@ class Keeper:
         return self._written
 
     def goes_on(self, found: Checkpoint, settings: str) -> None:
-        """The run goes on from this one. What lies in adapters/ may be newer, so it is written once more; what was being
-        written or taken away when the run was killed goes."""
+        """The run goes on from this one. What others get may be newer there, so it is written once more; what was
+        being written or taken away when the run was killed goes."""
         checkpoint.sweep(self.folder)
         self._settings = settings  # config.yaml agrees with the newest checkpoint, or going on would be refused
         self._written, self._last = found.folder, checkpoint.place(found.folder)[:2]
@@ -90,16 +91,16 @@ class Keeper:
         except OSError as error:
             self._failed("a checkpoint", error)
             return
-        state, arrays = to_keep(standing, model, optimizer)
+        state, arrays = to_keep(standing, self._trained, model, optimizer)
         mx.eval(arrays)
         state |= {**self._facts, "metrics": position, "scheduled": scheduled}
         name = checkpoint.name_of(standing.epoch, *place)
         now = self._now(standing, "training")
-        best, best_step, lines = standing.best_adapters, standing.best_step, self._metrics.lines
+        write_best, best_step, lines = self._best(standing), standing.best_step, self._metrics.lines
         self._last = place
 
         def write() -> None:
-            self._write_best(best)
+            write_best()
             self._written = checkpoint.save(self.folder, name, state, arrays)
             if self._settings:
                 disk.write_atomically(self.folder / "config.yaml", self._settings)
@@ -113,15 +114,23 @@ class Keeper:
         self._saver.start(write)
 
     def save_best(self, standing: Standing) -> None:
-        """Begin to write the best adapters alone."""
+        """Begin to write the best that was trained alone."""
         self.wait()
-        best = standing.best_adapters
-        self._saver.start(lambda: self._write_best(best))
+        self._saver.start(self._best(standing))
 
-    def _write_best(self, best: Arrays | None) -> None:
-        if best is not None and best is not self._best_written:
-            run_folder.save_adapters(self.folder, best, self._adapter_config)
+    def _best(self, standing: Standing) -> Callable[[], None]:
+        """What writes the best, if it is not written yet. All that MLX has to do for it is done now: the other thread only
+        writes."""
+        best = standing.best_arrays
+        if best is None or best is self._best_written:
+            return lambda: None
+        what = self._trained.delivered(best)
+
+        def write() -> None:
+            run_folder.deliver(self.folder, what)
             self._best_written = best
+
+        return write
 
     def wait(self) -> None:
         """Wait for what is being written."""
@@ -188,8 +197,8 @@ class Keeper:
         }
 
     def keep_best(self, standing: Standing) -> None:
-        """The best adapters, if their last writing failed; without a best, nothing."""
-        self._write_best(standing.best_adapters)
+        """The best, if its last writing failed; without a best, nothing."""
+        self._best(standing)()
 
     def end(self, standing: Standing, how: str) -> None:
         """All is written that will be; says so in training_state.json."""

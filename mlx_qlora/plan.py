@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import mlx.core as mx
@@ -24,6 +25,7 @@ from mlx_qlora.errors import ConfigError, ModelError, OutOfMemoryError
 from mlx_qlora.foresee import Foresight, longest
 from mlx_qlora.look.measure import mean_loss
 from mlx_qlora.model import backend
+from mlx_qlora.model.full import FullConfig, computes_in
 from mlx_qlora.model.trunk import Passage, can_pack, can_share, length_counts, states_before
 from mlx_qlora.records import Batch, Example, LossSum
 
@@ -63,7 +65,7 @@ class Plan:
         what = {
             Kind.PACKED: "packed: no padding, what examples have in common is computed once",
             Kind.PADDED: "padded to a few lengths, behind the prefix that the data shares",
-            Kind.PLAIN: "plain padded rows",
+            Kind.PLAIN: "plain rows",
         }[self.layout.kind]
         how = ", compiled" if self.compiled else ""
         how += ", layers computed again in the backward" if self.passage.checkpoint else ""
@@ -72,26 +74,42 @@ class Plan:
 
 def choose(config: RunConfig, model: nn.Module, corpus: Corpus, first: int = 0) -> Plan:
     """The plan for a configuration, as far as the model can follow it; `first`: the first layer that is computed."""
-    optim = config.part(OptimConfig)
-    foresight = Foresight(model, longest_of(config, corpus), optim, config.label_smoothing)
-    plan = _chosen(config, model, foresight, lambda sharing: _shapes(corpus, config.max_seq_length, sharing))
+    foresight = foresight_of(config, model, longest_of(config, corpus))
+    shapes = partial(_shapes, corpus, config.max_seq_length)
+    plan = _chosen(config, model, foresight, shapes, alike=corpus.windows is not None)
     return replace(plan, passage=replace(plan.passage, first=first))
 
 
-def choose_without_data(config: RunConfig, model: nn.Module) -> Plan:
-    """The same before there are data: for updates of examples of max_seq_length tokens."""
+def foresight_of(config: RunConfig, model: nn.Module, examples: Sequence[Example]) -> Foresight:
+    """What the memory of such updates is foreseen from."""
+    return Foresight(
+        model,
+        examples,
+        config.part(OptimConfig),
+        config.label_smoothing,
+        computes_in(config.part(FullConfig)),
+        keeps_best=config.fine_tune_type == "full",
+    )
+
+
+def choose_without_data(config: RunConfig, model: nn.Module, windows: bool = False) -> Plan:
+    """The same before there are data: for updates of examples of max_seq_length tokens, or of windows."""
     examples = longest([config.max_seq_length] * config.examples_per_update)
-    foresight = Foresight(model, examples, config.part(OptimConfig), config.label_smoothing)
+    foresight = foresight_of(config, model, examples)
     length = np.array([config.max_seq_length])
-    return _chosen(config, model, foresight, lambda _: fit_shapes(length, length))
+    return _chosen(config, model, foresight, lambda _: fit_shapes(length, length), alike=windows)
 
 
-def _chosen(config: RunConfig, model: nn.Module, foresight: Foresight, shapes: Callable[[bool], Shapes]) -> Plan:
+def _chosen(
+    config: RunConfig, model: nn.Module, foresight: Foresight, shapes: Callable[[bool], Shapes], alike: bool = False
+) -> Plan:
+    """`alike`: examples have one length and no beginning in common, so that plain rows have no padding."""
     compiled = not backend.on_cpu() if config.compile == "auto" else config.compile == "on"
     wanted = config.layout
     if wanted == "packed" and config.compile == "on":
         raise ConfigError("layout: packed came with compile: on; packed rows have no shapes in common. Leave one to auto.")
-    kind = (Kind.PADDED if compiled else Kind.PACKED) if wanted == "auto" else Kind(wanted)
+    best = Kind.PLAIN if alike else Kind.PADDED if compiled else Kind.PACKED
+    kind = best if wanted == "auto" else Kind(wanted)
     notes = []
     if kind is Kind.PACKED and (problem := can_pack(model)):
         notes.append(f"not packed, because {problem}")
@@ -102,7 +120,7 @@ def _chosen(config: RunConfig, model: nn.Module, foresight: Foresight, shapes: C
         sharing = False
     alone = length_counts(model)  # each row by itself, without padding
     kind = Kind.PLAIN if alone else kind
-    rows = 1 if alone else config.batch_size if kind is Kind.PLAIN else 1024
+    rows = 1 if alone else config.batch_size if kind is Kind.PLAIN and not alike else 1024
     layout = Layout(kind, config.token_budget or BUDGET, rows=rows, step=1 if alone else Layout.step)
     if kind is Kind.PADDED:
         layout = replace(layout, shapes=shapes(sharing))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -106,7 +106,9 @@ class LossSum(NamedTuple):
     weight: mx.array
     metrics: dict[str, mx.array] = {}  # noqa: RUF012  (sums too, divided by the same weight; read, never written)
     hidden: tuple[mx.array, ...] = ()  # what the head was given, where that is known: there when the forward pass is done
-    places: tuple[mx.array, ...] = ()  # in evaluation, the loss at each place of the batch, weighted: what `total` sums
+    # In evaluation, the loss at each place of the batch, weighted: what `total` sums; then, if asked for, whether its target is
+    # the likeliest token, weighted too.
+    places: tuple[mx.array, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,14 @@ class TrainState:
 
 
 BEGIN = TrainState()
+
+
+class Delivered(NamedTuple):
+    """What was trained, as other programs load it: a file of arrays, and small files beside it in its folder."""
+
+    file: str  # of arrays, in the folder of a run
+    arrays: Mapping[str, mx.array]
+    beside: Mapping[str, bytes]  # by name
 
 
 class Window(NamedTuple):
@@ -177,6 +187,11 @@ class EvalReport:
     @property
     def gap(self) -> float:
         return self.val_loss - self.train_eval_loss
+
+    @property
+    def perplexity(self) -> float:
+        """Of validation data; infinity where a float ends."""
+        return math.exp(self.val_loss) if self.val_loss < 700 or math.isnan(self.val_loss) else math.inf
 
     @property
     def gap_se(self) -> float:

@@ -25,15 +25,19 @@ from mlx_qlora.config import RunConfig, flat
 from mlx_qlora.data.layout import LayoutConfig
 from mlx_qlora.data.render import RenderConfig
 from mlx_qlora.data.sources import SourceConfig
+from mlx_qlora.data.windows import WindowConfig
 from mlx_qlora.engine.guard import Guard
 from mlx_qlora.engine.memory import MemoryConfig
+from mlx_qlora.engine.optim import begin
 from mlx_qlora.engine.steps import StepConfig
 from mlx_qlora.engine.stopping import EarlyStoppingMonitor
 from mlx_qlora.errors import ResumeError, listed
 from mlx_qlora.look.history import AROUND
 from mlx_qlora.model import backend, lora
 from mlx_qlora.model.activations import TrunkCacheConfig
+from mlx_qlora.model.create import CreateConfig
 from mlx_qlora.model.matmul import MatmulConfig
+from mlx_qlora.model.trained import Trained, arrays_of
 from mlx_qlora.plan import Plan
 from mlx_qlora.records import Bookmark, EvalReport, LossSum, StepReport, TrainState, Window
 from mlx_qlora.run.checkpoint import Checkpoint
@@ -49,13 +53,17 @@ def _names(*kinds: type) -> set[str]:
 # How it is computed: the gradient stays, and the last bits of it do not.
 _COMPUTING = _names(LayoutConfig, MemoryConfig, StepConfig, MatmulConfig, TrunkCacheConfig) - AROUND
 # Judged by what they give, the examples and the weights, and not by their names.
-_JUDGED = ({"model"} | _names(SourceConfig, RenderConfig)) - {"data_weights", "shuffle_buffer", "streaming"} - AROUND
+_JUDGED = (
+    ({"model"} | _names(SourceConfig, RenderConfig, WindowConfig, CreateConfig))
+    - {"data_weights", "shuffle_buffer", "streaming"}
+    - AROUND
+)
 # What makes sense to change in the middle of a run, if one wants to.
 _CHANGEABLE = {
     "epochs", "max_steps", "eval_every", "learning_rate", "schedule", "warmup_steps", "optimizer_options", "clip_grad_norm",
     "batch_size", "gradient_accumulation", "min_supervised_per_update", "label_smoothing", "lora.dropout",
-    "early_stopping.patience", "early_stopping.min_delta", "on_nonfinite", "max_skipped_updates", "max_skipped_share",
-    "skipped_window", "rollback_factor", "max_rollbacks",
+    "dropout", "early_stopping.patience", "early_stopping.min_delta", "on_nonfinite", "max_skipped_updates",
+    "max_skipped_share", "skipped_window", "rollback_factor", "max_rollbacks",
 }  # fmt: skip
 
 
@@ -164,7 +172,7 @@ class Standing:
     supervised_tokens: int = 0
     peak_memory_gb: float = 0.0
     validations: list[tuple[EvalReport, float]] = field(default_factory=list)  # with the epoch
-    best_adapters: Arrays | None = None  # of the best validation
+    best_arrays: Arrays | None = None  # of the best validation, those that are trained
     rate: float = 1.0  # by what the learning rate is multiplied, after the run went back
     rollbacks: int = 0
     went_back_to: int | None = None  # the update of the checkpoint that it went back to last
@@ -173,7 +181,8 @@ class Standing:
     def take(self, report: StepReport) -> None:
         """One more update was made."""
         self.state, self.window = report.state, None
-        self.guard = self.guard.update(report.loss, report.finite)
+        if report.supervised_tokens or not report.finite:  # windows without a target have no loss
+            self.guard = self.guard.update(report.loss, report.finite)
         self.epoch = report.epoch
         self.tokens += report.tokens
         self.supervised_tokens += report.supervised_tokens
@@ -195,16 +204,16 @@ class Standing:
 
 
 def to_keep(
-    standing: Standing, model: nn.Module, optimizer: mlx.optimizers.Optimizer
+    standing: Standing, trained: Trained, model: nn.Module, optimizer: mlx.optimizers.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Arrays]]:
     """(state, arrays) of a run as it stands. The arrays stay what they are while training goes on."""
     window = standing.window
     arrays: dict[str, Arrays] = {
-        "adapters": lora.adapter_arrays(model),
+        trained.name: arrays_of(model),
         "optimizer": _flattened(optimizer.state),
     }
-    if standing.best_adapters is not None and standing.best_step != standing.state.step:
-        arrays["best_adapters"] = standing.best_adapters
+    if standing.best_arrays is not None and standing.best_step != standing.state.step:
+        arrays[f"best_{trained.name}"] = standing.best_arrays
     if window is not None:
         loss = {"total": window.loss.total, "weight": window.loss.weight}
         loss |= {f"metrics.{name}": value for name, value in window.loss.metrics.items()}
@@ -230,12 +239,14 @@ def to_keep(
     return state, arrays
 
 
-def put_back(checkpoint: Checkpoint, standing: Standing, model: nn.Module, optimizer: mlx.optimizers.Optimizer) -> None:
+def put_back(
+    checkpoint: Checkpoint, standing: Standing, trained: Trained, model: nn.Module, optimizer: mlx.optimizers.Optimizer
+) -> None:
     """Give a run, its model and its optimizer what the checkpoint has."""
     kept = checkpoint.state
-    adapters = checkpoint.arrays("adapters")
-    lora.load(model, adapters, checkpoint.folder / "adapters.safetensors")
-    optimizer.init(model.trainable_parameters())
+    arrays = checkpoint.arrays(trained.name)
+    trained.load(model, arrays, checkpoint.folder / f"{trained.name}.safetensors")
+    begin(optimizer, model.trainable_parameters())
     own = checkpoint.arrays("optimizer")
     optimizer.state = _like(optimizer.state, own, checkpoint)
     state = kept["state"]
@@ -248,7 +259,7 @@ def put_back(checkpoint: Checkpoint, standing: Standing, model: nn.Module, optim
     standing.validations = [(EvalReport(**report), epoch) for report, epoch in kept["validations"]]
     for name in ("epoch", "tokens", "supervised_tokens", "peak_memory_gb", "rate", "rollbacks", "went_back_to", "bad"):
         setattr(standing, name, kept[name])
-    standing.best_adapters = (checkpoint.arrays("best_adapters") or adapters) if standing.best else None
+    standing.best_arrays = (checkpoint.arrays(f"best_{trained.name}") or arrays) if standing.best else None
     _put_random_state(kept["random"])
 
 

@@ -27,7 +27,6 @@ from mlx_qlora.look.history import read_history
 from mlx_qlora.look.pictures.figures import PICTURE, results, save
 from mlx_qlora.look.trace import Tracer
 from mlx_qlora.look.tracking.trackers import TrackerConfig, require_trackers
-from mlx_qlora.model import lora
 from mlx_qlora.records import Halfway, StepReport
 from mlx_qlora.run import disk
 from mlx_qlora.run import folder as run_folder
@@ -95,13 +94,14 @@ def _train(ready: Ready, going: Going, console: Console) -> str:
             if trouble := standing.guard.trouble:
                 if going.goes_back(trouble):
                     break
-                raise NonFiniteError(_explain(trouble, report, ready.config, going.keeper.newest))
+                raise NonFiniteError(_explain(trouble, report, ready, going.keeper.newest))
 
             last = report.step == ready.total
             evaluation = going.evaluate(report) if last or report.step % ready.eval_every == 0 else None
             if evaluation:
                 going.metrics.validation(evaluation)
-                console.validation(evaluation, standing.monitor.patience)
+                console.validation(evaluation, standing.monitor.patience, ready.reads_text)
+            going.sample(evaluation)
             stops = last or going.stops_early() or going.asked.stop
             if (scheduled := going.keeper.scheduled(report.step, evaluation)) or stops or going.wants_saving():
                 going.save(scheduled)
@@ -115,17 +115,18 @@ def _train(ready: Ready, going: Going, console: Console) -> str:
             return FINISHED
 
 
-def _explain(trouble: str, report: StepReport, config: RunConfig, saved: Path | None) -> str:
-    ids = report.update.ids
+def _explain(trouble: str, report: StepReport, ready: Ready, saved: Path | None) -> str:
+    config, ids = ready.config, report.update.ids
+    scale = "" if config.fine_tune_type == "full" else " a smaller lora.scale,"
     again = shlex.join(["mlx-qlora", "train", "--output-dir", config.output_dir, "--resume", "--resume-anyway"])
     again += f" --learning-rate {config.learning_rate / 3:.3g}"
     return (
         f"stopped at update {report.step}, after {trouble} with a loss or a gradient that is not a finite number. "
-        "Nothing was changed by that: the adapters are as they were before.\n"
+        f"Nothing was changed by that: the {ready.trained.name} are as they were before.\n"
         f"The last such update had the examples {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}; "
         "their text and the loss of each are in bad_updates/.\n"
         "What to try, in this order: a learning rate of a third (learning_rate), a warm-up of 20 updates or more "
-        "(warmup_steps), a smaller clip_grad_norm such as 0.5, a smaller lora.scale, more supervised tokens in an "
+        f"(warmup_steps), a smaller clip_grad_norm such as 0.5,{scale} more supervised tokens in an "
         "update (batch_size, gradient_accumulation), and a look at the examples named above.\n"
         f"{f'From {saved.name}' if saved else 'From the beginning, because nothing was saved yet'}: {again}"
         f"{'' if config.on_nonfinite == 'rollback' else '; on_nonfinite: rollback does the like by itself'}."
@@ -175,6 +176,7 @@ def _observed(folder: Path, config: RunConfig, console: Console) -> Iterator[_Ob
 def _conclude(ready: Ready, going: Going, console: Console) -> RunResult:
     """Say how it went, put the best adapters on, and ask the questions if the configuration wants it."""
     config, model, folder, standing = ready.config, ready.loaded.model, ready.folder, going.standing
+    best = folder / ready.trained.file
     summary = going.summary()
     console.ended(summary["ended"], summary["steps"], summary["elapsed_s"])
     if ready.corpus.train is None:
@@ -182,14 +184,15 @@ def _conclude(ready: Ready, going: Going, console: Console) -> RunResult:
         disk.write_json(folder / "data_account.json", read.to_json())
         console.streamed(read)
     if standing.best:
-        console.best(*standing.best, folder)
+        console.best(*standing.best, best, ready.reads_text)
         console.gap(going.gap())
-    lora.load(model, run_folder.load_adapters(folder), folder / "adapters")
+    ready.trained.load(model, run_folder.load_delivered(best), best)
     model.eval()
     if config.score_questions and summary["ended"] != INTERRUPTED:
         summary = summary | {"answers": _ask(ready, console)}
         disk.write_json(folder / "training_summary.json", summary)
-    console.where(folder, config.model, going.keeper.newest if summary["ended"] == INTERRUPTED else None)
+    newest = going.keeper.newest if summary["ended"] == INTERRUPTED else None
+    console.where(folder, config.model, ready.trained.file, newest, ready.reads_text)
     return RunResult(model, ready.loaded.tokenizer, folder, summary)
 
 
@@ -200,12 +203,16 @@ def _ask(ready: Ready, console: Console) -> dict[str, Any]:
     if not asked:
         console.say("answers   none of the validation rows is a question with an answer")
         return {"questions": 0}
-    console.say(f"asking the base and the fine-tuned model {len(asked)} validation questions ...")
-    answered = ask_both(ready.loaded.model, tokenizer, asked, config.max_answer_tokens)
-    disk.write_lines(ready.folder / "answers.jsonl", [asdict(one) for one in answered])
-    base, tuned = score([(a.base, a.expected) for a in answered]), score([(a.tuned, a.expected) for a in answered])
+    whom = "the base and the fine-tuned model" if config.model else "the model"
+    console.say(f"asking {whom} {len(asked)} validation questions ...")
+    before = ready.trained.base(ready.loaded.model)
+    answered = ask_both(ready.loaded.model, before, tokenizer, asked, config.max_answer_tokens)
+    lines = [{name: text for name, text in asdict(one).items() if text is not None} for one in answered]
+    disk.write_lines(ready.folder / "answers.jsonl", lines)
+    told = [(one.base, one.expected) for one in answered if one.base is not None]
+    base, tuned = score(told) if told else None, score([(one.tuned, one.expected) for one in answered])
     console.answers(answered, base, tuned)
-    return {"questions": len(asked), "base": asdict(base), "tuned": asdict(tuned)}
+    return {"questions": len(asked), **({"base": asdict(base)} if base else {}), "tuned": asdict(tuned)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -210,7 +210,7 @@ def test_in_a_real_process(place: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == (
         "mlx-qlora train: nowhere: there is no such file or folder. Name a folder with train.jsonl, "
-        "a file (.jsonl, .json, .csv, .parquet; .gz too), or hub:owner/name.\n"
+        "a file (.jsonl, .json, .csv, .parquet, .txt; .gz too), or hub:owner/name.\n"
     )
 
 

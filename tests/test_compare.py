@@ -437,7 +437,7 @@ def test_real_runs_are_compared_and_written(
         assert text in out
     assert "CAN'T BE COMPARED" not in out
     there = tmp_path / "out" / "there"
-    assert sorted(path.name for path in there.iterdir()) == ["compare.csv", "compare.md", "compare.png"]
+    assert sorted(path.name for path in there.iterdir()) == ["compare.csv", "compare.md", "compare.png", "compare_tokens.png"]
     assert (there / "compare.png").read_bytes().startswith(b"\x89PNG")
     summaries = [json.loads((folder / "training_summary.json").read_text()) for folder in real_runs]
     lines = list(csv.DictReader(io.StringIO((there / "compare.csv").read_text())))
@@ -467,10 +467,10 @@ def test_evaluated_runs_are_compared_by_what_evaluate_found(
     assert judged.val_loss is not None
     assert judged.evaluated.value == pytest.approx(judged.val_loss.value, rel=1e-4), "the same examples, measured again"
     assert found.verdict.startswith("second is better than first by evaluated loss")
-    assert not any("other adapters" in note for note in found.notes)
+    assert not any("other weights" in note for note in found.notes)
     shutil.copy(copies[0] / "adapters" / "adapters.safetensors", copies[1] / "adapters")
-    (note,) = [note for note in compare(copies).notes if "other adapters" in note]
-    assert note.startswith("second: what evaluate has left in it is of other adapters than those that are in it now")
+    (note,) = [note for note in compare(copies).notes if "other weights" in note]
+    assert note.startswith("second: what evaluate has left in it is of other weights than those that are in it now")
 
 
 def test_what_a_person_gets_wrong(real_runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

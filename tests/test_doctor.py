@@ -252,7 +252,7 @@ def flip_a_bit(path: Path) -> None:
 
 def test_checksums_of_a_download(model: Path) -> None:
     downloaded(model)
-    assert any("6 files (2.0 MB), each as it was published" in each.found for each in found(model, "ok"))
+    assert any("7 files (2.0 MB), each as it was published" in each.found for each in found(model, "ok"))
     (model / "config.json").write_text((model / "config.json").read_text() + "\n")
     flip_a_bit(model / "model.safetensors")
     (failure,) = found(model)

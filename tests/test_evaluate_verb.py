@@ -36,7 +36,7 @@ from mlx_qlora.look.evaluation.answering import NAME, SoFar
 from mlx_qlora.look.evaluation.generate import Asking, generate, generate_answers
 from mlx_qlora.look.history import read_history
 from mlx_qlora.look.measure import measure
-from mlx_qlora.model.load import Loaded
+from mlx_qlora.model.load import Loaded, load_tokenizer
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.run import folder as run_folder
 from mlx_qlora.train import run
@@ -243,7 +243,7 @@ ODD = {
     "all answers the same": ([{"prompt": f"{n}?", "completion": "sim"} for n in range(6)], 6),
     "only signs expected": ([{"prompt": "Quem?", "completion": "?!"}, {"prompt": "E?", "completion": "🙂"}], 2),
     "many scripts": ([{"prompt": "你好", "completion": "東京です"}, {"prompt": "क्या?", "completion": "नमस्ते"}], 2),
-    "longer than the model": ([{"text": "O gato mia. " * 300}], 0),
+    "longer than the model": ([{"prompt": "O que faz o gato?", "completion": "O gato mia. " * 300}], 1),
     "labels": ([{"prompt": f"{n}?", "completion": ("sim", "não")[n % 2]} for n in range(8)], 8),
 }
 
@@ -426,3 +426,46 @@ def test_a_run_may_come_first_without_a_flag(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "config.yaml").write_text("")
     assert main(["evaluate", str(tmp_path), "--questions", "0"]) == 2
     assert "config.yaml: it names no model or no data" in capsys.readouterr().err
+
+
+# Raw text of which a run trained windows
+
+TEXT = "".join(f"O clube {number} joga em casa aos domingos, e a cidade {number % 7} fica longe.\n" for number in range(1100))
+
+
+@pytest.fixture(scope="module")
+def on_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one text of more than 64 KB, which comes in pieces, and one on five texts."""
+    folder = tmp_path_factory.mktemp("text")
+    assert len(TEXT.encode()) > 2**16
+    (folder / "one.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "five").mkdir()
+    for number in range(5):
+        (folder / "five" / f"{number}.txt").write_text(TEXT[number * 5000 : (number + 1) * 5000], encoding="utf-8")
+    common = {"preset": "tiny", "tokenizer": "embedded", "max_steps": 1, "max_seq_length": 48, "batch_size": 2}
+    for name in ("one.txt", "five"):
+        settings = {**common, "validation_share": 0.05, "data": str(folder / name), "output_dir": str(folder / f"run-{name}")}
+        run(RunConfig(**settings), quiet=True)  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.mark.parametrize("name", ["one.txt", "five"])
+def test_what_a_run_kept_apart_of_its_text_is_evaluated(on_text: Path, name: str, tmp_path: Path) -> None:
+    """The end of it, where there are few documents; not one that was drawn, of which most was trained."""
+    source = on_text / f"run-{name}"
+    assert evaluated("--run", source, "--window", 48, "--stride", 48, "--output-dir", tmp_path) == 0
+    report, best = report_of(tmp_path), read_history(source).best
+    assert best is not None
+    assert report["loss"]["value"] == pytest.approx(best[0].val_loss, rel=1e-6)
+    text = TEXT if name == "one.txt" else TEXT[20_000:25_000]
+    end = text.strip().encode()[-report["text"]["bytes"] :].decode("utf-8", "replace")
+    tokens = load_tokenizer("embedded").encode(end, add_special_tokens=False)
+    assert abs(len(tokens) + 1 - report["text"]["tokens"]) <= 3  # with the end of the text; it may begin within a word
+
+
+def test_a_long_text_is_one_document(on_text: Path, tmp_path: Path) -> None:
+    """Its pieces have the bytes of one text together, and none begins without context."""
+    given = ("--model", on_text / "run-one.txt" / "model", "--data", on_text / "one.txt", "--output-dir", tmp_path)
+    assert evaluated(*given, "--window", 256, "--stride", 256) == 0
+    found = report_of(tmp_path)["text"]
+    assert (found["documents"], found["bytes"]) == (1, len(TEXT.strip().encode()))

@@ -18,7 +18,7 @@ from runs import course, write_run
 from mlx_qlora.look.gap import GRADES, SURE
 from mlx_qlora.look.history import History, read_history
 from mlx_qlora.look.pictures.curves import thinned
-from mlx_qlora.look.pictures.figures import DARK, LIGHT, Theme, names_of, png, results, save
+from mlx_qlora.look.pictures.figures import DARK, LIGHT, Theme, names_of, over_tokens, png, results, save
 from mlx_qlora.look.pictures.panels import PANELS
 from mlx_qlora.look.pictures.theme import Drawn
 
@@ -53,6 +53,20 @@ def test_the_points_are_those_of_the_metrics(run: History) -> None:
         assert drawn(axes[panel], column) == [([float(step) for step in steps], values)]
     gaps = [(float(each.step), each.gap) for each, _ in run.validations]
     assert drawn(axes["gap"], "gap") == [([x for x, _ in gaps], [y for _, y in gaps])]
+
+
+def test_over_tokens_each_point_stands_where_its_tokens_end(tmp_path: Path) -> None:
+    """Two runs of as many tokens, one in updates of twice the size: their ends are at one place."""
+    runs = [[line | {"tokens": size} for line in course(updates)] for updates, size in ((120, 50), (60, 100))]
+    histories = [read_history(write_run(tmp_path / str(number), lines)) for number, lines in enumerate(runs)]
+    (axes,) = over_tokens(histories).axes[:1]
+    ends = []
+    for history, (x, y) in zip(histories, drawn(axes, "val_loss"), strict=True):
+        tokens = np.cumsum([line["tokens"] for line in history.lines])
+        steps, values = history.column("val_loss")
+        assert (x, y) == (tokens[np.array(steps) - 1].tolist(), values)
+        ends.append(x[-1])
+    assert ends[0] == ends[1]
 
 
 def test_errors_are_95_percent_either_side(run: History) -> None:

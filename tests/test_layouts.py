@@ -22,6 +22,7 @@ from mlx_qlora.engine.steps import add_losses
 from mlx_qlora.errors import ModelError
 from mlx_qlora.model import frozen, lora
 from mlx_qlora.model.attention import Packed
+from mlx_qlora.model.dropout import dropping
 from mlx_qlora.model.head import loss_in_chunks
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.trunk import PLAIN, Passage, can_pack, can_share, length_counts, supervised_logits
@@ -69,8 +70,8 @@ def plainly(model: nn.Module, examples: list[Example], key: mx.array = KEY) -> t
         total = mx.array(0.0)
         with lora.dropout_keys(model, key):
             for example in examples:
-                for _, adapter in lora.adapted(model):
-                    adapter.set_marks(mx.array(histories(example.tokens[:-1])))
+                for _, each in dropping(model):
+                    each.set_marks(mx.array(histories(example.tokens[:-1])))
                 logits = model(mx.array(example.tokens[None, :-1]))[0].astype(mx.float32)
                 losses = nn.losses.cross_entropy(logits, mx.array(example.tokens[1:]))
                 total = total + (losses * mx.array(example.weights[1:])).sum()
@@ -148,6 +149,20 @@ def test_adapted_head_and_full_training_have_it_too(layout: str) -> None:
     for model in (adapted, full):
         model.train()
         got = through(model, lay_out(family(), LAYOUTS[layout]), Passage(chunk=8))
+        assert_same(got, plainly(model, family()))
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed-small", "padded"])
+@pytest.mark.parametrize("shape", ["mistral", "mistral-tied"])
+def test_adapted_embeddings_have_it_too(shape: str, layout: str) -> None:
+    """With dropout; where the embedding is the head, the gradients of both add."""
+    model = tiny_model(shape)
+    frozen.install(model)
+    lora.attach(model, LoraConfig(rank=4, scale=2.0, dropout=0.3, targets=("embeddings", "v_proj")))
+    randomize_adapters(model)
+    model.train()
+    for checkpoint in (False, True):
+        got = through(model, lay_out(family(), LAYOUTS[layout]), Passage(checkpoint=checkpoint, chunk=8))
         assert_same(got, plainly(model, family()))
 
 

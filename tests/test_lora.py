@@ -12,7 +12,8 @@ from mlx_qlora.errors import ConfigError, ModelError
 from mlx_qlora.model import frozen, lora
 from mlx_qlora.model.load import Loaded
 from mlx_qlora.model.lora import LoraConfig, LoRALinear
-from mlx_qlora.run.folder import save_adapters
+from mlx_qlora.model.trunk import first_adapted
+from mlx_qlora.run.folder import deliver
 from tests.conftest import largest_difference, randomize_adapters, same_bytes, tiny_model
 
 TOKENS = mx.array([[5, 6, 7, 8, 9, 10]])
@@ -127,7 +128,7 @@ def test_dropout_keeps_its_share_and_its_mean() -> None:
     layer = LoRALinear(nn.Linear(400, 8), rank=4, scale=1.0, dropout=0.3, key=mx.random.key(0))
     layer.set_dropout_key(mx.random.key(7))
     x = mx.ones((500, 400))
-    dropped = layer._dropped(x)
+    dropped = layer.dropped(x)
     kept = (dropped != 0).mean().item()
     assert kept == pytest.approx(0.7, abs=0.005)  # 200,000 draws: a standard deviation is 0.001
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.01)
@@ -157,7 +158,7 @@ def test_masks_follow_from_the_key_and_differ_between_layers() -> None:
 
     def masks(seed: int) -> list[np.ndarray]:  # type: ignore[type-arg]
         with lora.dropout_keys(model, mx.random.key(seed)):
-            return [np.array(layer._dropped(x)) for _, layer in lora.adapted(model) if layer.lora_a.shape[0] == 64]
+            return [np.array(layer.dropped(x)) for _, layer in lora.adapted(model) if layer.lora_a.shape[0] == 64]
 
     one, again, other = masks(1), masks(1), masks(2)
     assert all(np.array_equal(a, b) for a, b in zip(one, again, strict=True))
@@ -203,7 +204,7 @@ def check_in_mlx_lm(model: nn.Module, attached: lora.Attached, folder: Path) -> 
     from mlx_lm.utils import load_adapters
 
     randomize_adapters(model)
-    save_adapters(folder, lora.adapter_arrays(model), attached.adapter_config)
+    deliver(folder, attached.delivered(lora.adapter_arrays(model)))
     theirs = tiny_model("mistral")
     load_adapters(theirs, str(folder / "adapters"))
     theirs.eval()
@@ -223,6 +224,56 @@ def test_a_predicate_that_no_config_can_say_loads_in_mlx_lm_too(tmp_path: Path) 
     model = tiny_model("mistral")
     attached = lora.attach(model, LoraConfig(rank=4), predicate=lambda path, _: path in chosen)
     check_in_mlx_lm(model, attached, tmp_path)
+
+
+# Embeddings and head
+
+
+@pytest.mark.parametrize("quantized", [True, False], ids=["4-bit", "dense"])
+@pytest.mark.parametrize("shape", ["mistral", "mistral-tied"])
+def test_adapted_embeddings_are_what_mlx_lm_makes_of_them(tmp_path: Path, shape: str, quantized: bool) -> None:
+    """Tied ones too, which are the head as well; merged into their weights; and off again."""
+    from mlx_lm.utils import load_adapters
+
+    model = tiny_model(shape, quantized=quantized)
+    frozen.install(model)
+    base = model(TOKENS)
+    attached = lora.attach(model, LoraConfig(rank=4, scale=3.0, dropout=0.2, layers=1, targets=("all-linear", "embeddings")))
+    heads = {"mistral": ["lm_head"], "mistral-tied": []}[shape]
+    assert sorted(path for path in attached.paths if ".layers." not in path) == [*heads, "model.embed_tokens"]
+    assert f"on {7 + len(heads)} linear layers and the embedding" in attached.describe[0]
+    dense = tiny_model(shape, quantized=False)
+    assert attached.total == attached.trainable + sum(p.size for _, p in tree_flatten(dense.parameters()))
+    assert mx.allclose(model(TOKENS), base, atol=1e-5), "adapters begin with nothing"
+    randomize_adapters(model)
+    own = model(TOKENS)
+    assert not mx.allclose(own, base, atol=0.1)
+
+    deliver(tmp_path, attached.delivered(lora.adapter_arrays(model)))
+    theirs = tiny_model(shape, quantized=quantized)
+    load_adapters(theirs, str(tmp_path / "adapters"))
+    theirs.eval()
+    assert mx.allclose(theirs(TOKENS), own, rtol=1e-4, atol=1e-4)
+    kinds = {path: type(module).__name__ for path, module in theirs.named_modules()}
+    assert kinds["model.embed_tokens"] == "LoRAEmbedding"
+
+    lora.merge(model)
+    assert mx.allclose(model(TOKENS), own, rtol=1e-4, atol=1e-4)
+    lora.unmerge(model)
+    assert mx.array_equal(model(TOKENS), own)
+    adapters = lora.detach(model)
+    assert mx.array_equal(model(TOKENS), base)
+    lora.reattach(model, adapters)
+    assert mx.array_equal(model(TOKENS), own)
+    assert first_adapted(model) == 0, "nothing below the embedding could be kept"
+
+
+def test_a_tied_head_is_named_by_its_embedding() -> None:
+    with pytest.raises(ModelError, match=r"'lm_head': this model has no head of its own.*Name embed_tokens, which adapts both"):
+        lora.attach(tiny_model("mistral-tied"), LoraConfig(targets=("lm_head",)))
+    attached = lora.attach(tiny_model("mistral-tied"), LoraConfig(targets=("embed_tokens",)))
+    assert attached.paths == ("model.embed_tokens",)
+    assert "on the embedding" in attached.describe[0]
 
 
 def test_the_embedded_model_is_a_frozen_4_bit_mistral(embedded: Loaded) -> None:

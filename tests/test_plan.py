@@ -93,6 +93,11 @@ def test_plan_of_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "fits" in said
     written = json.loads(found.read_text(encoding="utf-8"))
     assert written["fits"] is True
+    assert written["updates"] == {"epoch": 212, "all": 636}
+    assert written["exposure"]["passes"] == 3
+    assert written["exposure"]["tokens_seen"] == 3 * (written["exposure"]["tokens"] - 848)
+    assert "adapters have no yardstick" in said
+    assert said.index("\nexposure\n") < said.index("memory at the peak")
     assert written["parameters"] > written["trained"] > 0
     assert written["memory"]["peak"] == sum(
         written["memory"][name] for name in ("weights", "adapters", "optimizer", "activations", "logits", "dequantised")

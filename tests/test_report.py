@@ -68,7 +68,7 @@ def test_the_page_of_a_run_opens_without_a_complaint(trained: Path, page: Path) 
     said = texts(found.dom)
     summary = json.loads((trained / "training_summary.json").read_text())
     for part in (
-        "Run first run's", f"{summary['best']['val_loss']:.4f}", "Validations", "Before and after", "Using the adapters",
+        "Run first run's", f"{summary['best']['val_loss']:.4f}", "Validations", "Before and after", "Using it",
         "Other than the defaults", "lora.rank", "training 22 22", "Veio de Serra Branca.", summary["versions"]["mlx"],
     ):  # fmt: skip
         assert part in said, part

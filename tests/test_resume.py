@@ -206,7 +206,8 @@ def test_every_setting_is_of_one_kind() -> None:
     assert all(kind <= names for kind in kinds)
     assert sum(map(len, kinds)) == len(set.union(*kinds)), "and of one only"
     assert names - set.union(*kinds) == {
-        "data_weights", "lora.layers", "lora.rank", "lora.scale", "lora.targets", "optimizer", "seed", "shuffle_buffer",
+        "data_weights", "decay", "embedding_learning_rate", "fine_tune_type", "precision", "lora.layers", "lora.rank",
+        "lora.scale", "lora.targets", "optimizer", "seed", "shuffle_buffer",
         "streaming",
     }  # fmt: skip
     assert {"lora", "early_stopping"} == _GROUPS

@@ -268,7 +268,7 @@ def test_the_three_ways_to_the_command_are_one() -> None:
 def test_every_file_in_examples_is_a_configuration() -> None:
     folder = Path(__file__).parent.parent / "examples"
     found = sorted(folder.glob("*.yaml"))
-    names = ["club-v1.yaml", "club-v2.yaml", "demo.yaml", "mistral-7b-v1.yaml", "mistral-7b-v2.yaml"]
+    names = ["club-v1.yaml", "club-v2.yaml", "demo.yaml", "mistral-7b-v1.yaml", "mistral-7b-v2.yaml", "tiny-model.yaml"]
     assert [path.name for path in found] == names
     for path in found:
         assert yaml.safe_load(path.read_text()).keys() <= vars(RunConfig()).keys()

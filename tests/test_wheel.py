@@ -47,7 +47,7 @@ def test_the_demos_data_are_what_their_generator_makes(tmp_path: Path) -> None:
 
 def test_the_embedded_tokenizer_is_what_its_script_makes(tmp_path: Path) -> None:
     """The weights take 20 minutes to make; the tokenizer, which hangs on every line of the little world, seconds."""
-    code = f"import make_model, pathlib; make_model.make_tokenizer(pathlib.Path({str(tmp_path)!r}), 7)"
+    code = f"import make_world, pathlib; make_world.make_tokenizer(pathlib.Path({str(tmp_path)!r}))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT / "data", check=True, capture_output=True)
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / name).read_bytes() == (embedded_model() / name).read_bytes()

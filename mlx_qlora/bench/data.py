@@ -64,8 +64,10 @@ def lay_field(config: RaceConfig, tokenizer: Any, folder: Path, batches: set[int
     _write(folder / "rows" / "valid.jsonl", valid)
     corpus = corpus_of(str(folder / "rows"), tokenizer, config.seed, config.max_seq_length)
     assert corpus.train is not None
-    if len(corpus.train) != wanted:
-        raise DataError(f"data: {wanted} rows gave {len(corpus.train)} examples; rows with one example each are expected.")
+    if len(corpus.sets["train"]) != wanted:
+        raise DataError(
+            f"data: {wanted} rows gave {len(corpus.sets['train'])} examples; rows with one example each are expected."
+        )
     order = Order((wanted,), (), config.seed).at(0, np.arange(wanted)).tolist()
     arranged = {}
     for size in batches:
@@ -171,14 +173,13 @@ class _Writer:
 def _own(config: RaceConfig, tokenizer: Any, wanted: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """As many rows of a user's data as the race takes, from the beginning again where there are fewer, and held-out ones."""
     corpus = corpus_of(config.data, tokenizer, config.seed, config.max_seq_length)
-    assert corpus.train is not None
     values = {
         row.id: row.value
         for source in corpus.sources
         for row in read(tuple(file for files in source.files.values() for file in files))
         if isinstance(row, Row)
     }
-    train = [values[id] for id in _whole(corpus.train)]
+    train = [values[id] for id in _whole(corpus.sets["train"])]
     valid = [values[id] for id in _whole(corpus.valid)[:_HELD_OUT]]
     if not train or not valid:
         raise DataError(f"data: no row of {config.data} makes exactly one example, and a race needs such rows.")

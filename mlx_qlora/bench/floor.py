@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_qlora.bench.settings import Spec
 from mlx_qlora.bench.turns import Turns, Work
 from mlx_qlora.model import backend, lora
+from mlx_qlora.model.adapters import shape_of
 from mlx_qlora.model.trust import NO_CODE
 
 _READS_THE_BLOCK = ("q_proj", "k_proj", "v_proj", "qkv_proj")  # what comes first in a block
@@ -54,10 +55,10 @@ def sizes_of(model: Any, adapted_layers: int | None) -> Sizes:
     for path, module in linears:
         number = lora._layer_of(path)
         if number == lora._OUTSIDE:
-            head = lora._shape(module)
+            head = shape_of(module)
             continue
         at_the_end = number == first and path.rsplit(".", 1)[-1] in _READS_THE_BLOCK
-        layers.append(Layer(*lora._shape(module), adapted=number >= first, passes=number >= first and not at_the_end))
+        layers.append(Layer(*shape_of(module), adapted=number >= first, passes=number >= first and not at_the_end))
     if head is None:  # tied to the embedding
         tied: Any = next(module for path, module in model.named_modules() if path.endswith("embed_tokens"))
         head = (tied.weight.shape[0], layers[0].inputs)

@@ -71,7 +71,7 @@ def race(spec: Spec, turns: Turns) -> None:
                     shapes=shapes(coming.popleft()),
                 )
     except Finished as end:
-        run_folder.save_adapters(Path(end.folder), lora.adapter_arrays(model), ready.attached.adapter_config)
+        run_folder.deliver(Path(end.folder), ready.trained.delivered(lora.adapter_arrays(model)))
         raise
 
 
@@ -119,7 +119,7 @@ def race_flat(spec: Spec, turns: Turns) -> None:
                 examples = sorted((corpus.train[number] for number in numbers.tolist()), key=lambda one: -len(one.tokens))
                 turns.done(**_flat_update(model, optimizer, gradient, examples, spec.batch_size))
     except Finished as end:
-        run_folder.save_adapters(Path(end.folder), lora.adapter_arrays(model), attached.adapter_config)
+        run_folder.deliver(Path(end.folder), attached.delivered(lora.adapter_arrays(model)))
         raise
 
 

@@ -23,7 +23,7 @@ def judge(spec: Spec, turns: Turns) -> None:
     loaded = load(spec.model)
     beginning = not Path(spec.initial).exists()
     attached = lora.attach(loaded.model, lora_config(spec), seed=spec.seed)
-    run_folder.save_adapters(Path(spec.initial).parent, lora.adapter_arrays(loaded.model), attached.adapter_config)
+    run_folder.deliver(Path(spec.initial).parent, attached.delivered(lora.adapter_arrays(loaded.model)))
     names = set(lora.adapter_arrays(loaded.model))
     corpus = corpus_of(spec.data, loaded.tokenizer, spec.seed, spec.max_seq_length)
     batches = lay_out(corpus.valid_examples(), Layout(rows=min(spec.batch_size, _ROWS)))
@@ -35,7 +35,7 @@ def judge(spec: Spec, turns: Turns) -> None:
     )
     while True:
         for folder in list(turns.work):
-            arrays = run_folder.load_adapters(Path(folder))
+            arrays = run_folder.load_delivered(Path(folder) / "adapters" / "adapters.safetensors")
             if other := set(arrays) ^ names:
                 turns.done(loss=None, problem=f"its adapters are not on the same layers as ours: {sorted(other)[0]}")
                 continue

@@ -14,7 +14,7 @@ import tyro
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.look.comparison.compare import Comparison, compare
 from mlx_qlora.look.console import Console, answered
-from mlx_qlora.look.pictures.figures import require_matplotlib, results, save
+from mlx_qlora.look.pictures.figures import over_tokens, require_matplotlib, results, save
 from mlx_qlora.run.disk import write_atomically
 
 
@@ -29,7 +29,8 @@ class _Arguments:
     score: str = ""
     """The score that the verdict goes by: token_f1, accuracy, exact_match and so on; without it the first that is there."""
     output_dir: str = ""
-    """Write compare.md, compare.csv and compare.png, the curves of all, into this folder; it is made if it is not there."""
+    """Write compare.md, compare.csv, compare.png, the curves of all, and compare_tokens.png, their losses over the tokens that
+    each has read, into this folder; it is made if it is not there."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,7 +61,9 @@ def _require_folder(name: str) -> None:
 def _write(found: Comparison, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     picture, table, page = (folder / f"compare.{kind}" for kind in ("png", "csv", "md"))
+    tokens = folder / "compare_tokens.png"
     save(results(found.histories), picture)
+    save(over_tokens(found.histories), tokens)
     write_atomically(table, found.csv())
     write_atomically(page, found.markdown(picture.name))  # last: it shows the picture
-    return [page, table, picture]
+    return [page, table, picture, tokens]

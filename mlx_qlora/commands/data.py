@@ -15,6 +15,7 @@ from mlx_qlora.data.audit import audit
 from mlx_qlora.data.corpus import gather
 from mlx_qlora.data.render import RenderConfig
 from mlx_qlora.data.sources import SourceConfig
+from mlx_qlora.data.windows import WindowConfig
 from mlx_qlora.errors import ConfigError, require
 from mlx_qlora.look.account import page, shown
 from mlx_qlora.look.console import Console, answered
@@ -64,7 +65,8 @@ def _run(given: _Arguments) -> int:
     source = SourceConfig(**own | {"data": given.paths})
     render = RenderConfig(**{each.name: getattr(given, each.name) for each in fields(RenderConfig)})
     console = Console()
-    corpus = gather(source, render, load_tokenizer(given.model), given.seed, console.preparing, strict=False)
+    tokenizer = load_tokenizer(given.model)
+    corpus = gather(source, render, tokenizer, given.seed, console.preparing, strict=False, windows=WindowConfig())
     console.end_bar()
     found = audit(corpus, show=max(given.show, 10 if given.html else 0))
     if given.html:

@@ -11,13 +11,15 @@ import tyro
 
 from mlx_qlora.config import RunConfig, from_yaml
 from mlx_qlora.data.render import RenderConfig
-from mlx_qlora.data.sources import SourceConfig
+from mlx_qlora.data.sources import SourceConfig, find
 from mlx_qlora.data.templates import TEMPLATES
+from mlx_qlora.data.windows import Ruler, WindowConfig
 from mlx_qlora.errors import ConfigError, DataError, RunFolderError
 from mlx_qlora.evaluating import Wanted, evaluate
 from mlx_qlora.look.console import Console, answered
 from mlx_qlora.look.evaluation.pictures import draw
 from mlx_qlora.look.evaluation.screen import told
+from mlx_qlora.run.folder import delivered
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class _Asked:
     """Scores of your own: functions (answer, expected) -> number."""
     labels: str = ""
     """The labels that answers are, as a,b,c. Without it they are told from the expected answers."""
+    window: int | None = None
+    """Of raw text: tokens that are read at once. Without it max_seq_length, and never more than the model was made for."""
+    stride: int | None = None
+    """Of raw text: tokens from one window to the next, which scores what is new in it. Without it half a window."""
+    cross_documents: bool = False
+    """Of raw text: windows go on from one document into the next; else each document is read for itself."""
     worst: int = 5
     """So many of the worst answers are shown."""
     harness: str = ""
@@ -102,23 +110,28 @@ def _kept(run: str) -> RunConfig:
         what = "there is no config.yaml in it" if folder.is_dir() else "it is a file" if folder.exists() else "there is nothing"
         raise RunFolderError(f"--run {run}: {what}; the folder that `mlx-qlora train --output-dir` named is expected.")
     config = from_yaml(folder / "config.yaml", RunConfig())
-    if not config.model or not config.data:
+    if not (config.model or config.preset) or not config.data:
         raise RunFolderError(f"{folder / 'config.yaml'}: it names no model or no data, so it is not whole. Name another run.")
     return config
 
 
 def _defaults(kept: RunConfig, run: str) -> _Arguments:
     names = {each.name for each in fields(RunConfig)} & {each.name for each in fields(_Arguments)}
-    own = {name: getattr(kept, name) for name in names - {"output_dir", "batch_size"}}
+    own = {name: getattr(kept, name) for name in names - _ITS_OWN}
     template = Path(run).expanduser() / "chat_template.jinja"
     if kept.chat_template and kept.chat_template not in TEMPLATES and template.is_file():
         own["chat_template"] = str(template)  # the file that was named may be another one by now
     return _Arguments(**own)
 
 
+# What means something else here than in a run.
+_ITS_OWN = {"output_dir", "batch_size", "stride", "cross_documents"}
+
+
 def _run(given: _Arguments, kept: RunConfig | None) -> int:
-    wanted, console = _wanted(given, kept), Console()
+    console = Console()
     try:
+        wanted = _wanted(given, kept)
         found, files = evaluate(wanted, console)
     except DataError as error:
         if kept and given.data == kept.data and "there is no such file" in str(error):
@@ -135,7 +148,8 @@ def _run(given: _Arguments, kept: RunConfig | None) -> int:
 
 
 def _wanted(given: _Arguments, kept: RunConfig | None) -> Wanted:
-    missing = [name for name in ("model", "data") if not getattr(given, name)]
+    whole = _whole(given)
+    missing = [name for name in ("model", "data") if not (getattr(given, name) or (whole and name == "model"))]
     missing += [] if given.output_dir or given.run else ["output_dir"]
     if missing:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
@@ -144,8 +158,8 @@ def _wanted(given: _Arguments, kept: RunConfig | None) -> Wanted:
             "without one, --model, --data and --output-dir are needed, and --adapters if there are any."
         )
     run = Path(given.run).expanduser()
-    adapters = Path(given.adapters).expanduser() if given.adapters else run / "adapters" if given.run else None
-    if given.run and not given.adapters and not (run / "adapters" / "adapters.safetensors").is_file():
+    adapters = Path(given.adapters).expanduser() if given.adapters else run / "adapters" if given.run and not whole else None
+    if given.run and not given.adapters and delivered(run) is None:
         raise RunFolderError(
             f"--run {given.run}: no adapters are in it yet: the run has not validated. "
             "Wait for that, or name a checkpoint of it with --adapters."
@@ -157,7 +171,9 @@ def _wanted(given: _Arguments, kept: RunConfig | None) -> Wanted:
         smoothing = kept.label_smoothing
         notes.append(f"losses are plain cross-entropies here; the run's own have label smoothing {smoothing:g} in them")
     return Wanted(
-        model=given.model,
+        model=str(whole or given.model),
+        trained_whole=whole is not None,
+        base_model=given.model if whole else "",
         source=SourceConfig(**own),
         render=RenderConfig(**{each.name: getattr(given, each.name) for each in fields(RenderConfig)}),
         output=Path(given.output_dir or given.run).expanduser(),
@@ -178,8 +194,25 @@ def _wanted(given: _Arguments, kept: RunConfig | None) -> Wanted:
         harness=_list(given.harness),
         harness_limit=given.limit,
         harness_include_path=given.harness_include_path,
+        window=given.window,
+        stride=given.stride,
+        cross_documents=given.cross_documents,
+        trained_in=_windows(kept) if own_data and kept else None,
         notes=tuple(notes),
     )
+
+
+def _windows(kept: RunConfig) -> Ruler | None:
+    """Those that a run was trained in."""
+    config = kept.part(WindowConfig)
+    wanted = config.wanted(find(kept.part(SourceConfig), training=False), from_nothing=bool(kept.preset))
+    return config.ruler(kept.max_seq_length) if wanted else None
+
+
+def _whole(given: _Arguments) -> Path | None:
+    """The folder of the model that a run has trained in full."""
+    found = delivered(Path(given.run).expanduser()) if given.run and not given.adapters else None
+    return found.parent if found and found.parent.name == "model" else None
 
 
 def _named(config: SourceConfig) -> list[Path]:

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from mlx_qlora.data.corpus import Corpus
 from mlx_qlora.data.order import shuffled
-from mlx_qlora.data.prepare import KeptSet, row_of
+from mlx_qlora.data.prepare import ExampleSet, KeptSet, row_of
 from mlx_qlora.data.render import Account
 from mlx_qlora.data.sources import SPLITS
 from mlx_qlora.data.templates import Tokenizer
+from mlx_qlora.data.windows import Windows
 from mlx_qlora.records import Example
 
 _SHINGLE = 5  # tokens
@@ -28,6 +29,7 @@ _BANDS, _ROWS = 8, 4  # of the minhash
 _BEFORE, _OWN = 32, 512  # tokens before the first answer that are compared, and all that are
 _COMPARED = 8  # examples of a group that the others are compared with
 _PAIRS = 5  # shown
+_DOCUMENTS = 200  # that are compared, where text is trained as windows: they may be long
 _READ = 300  # examples whose letters are looked at
 
 
@@ -91,6 +93,7 @@ class Audit:
     scripts: dict[str, float]
     refusals: tuple[str, ...]
     sights: tuple[Sight, ...] = ()
+    windows: str = ""  # how text is cut into windows, if it is
 
     def to_json(self) -> dict[str, Any]:
         value = asdict(replace(self, accounts={}, sights=()))
@@ -118,6 +121,7 @@ class Audit:
                 for each in value["leaks"]
             ),
             refusals=tuple(value["refusals"]),
+            windows=str(value.get("windows", "")),
         )
 
 
@@ -130,7 +134,8 @@ def audit(corpus: Corpus, look_at: int = 20_000, show: int = 0) -> Audit:
 
     The same example again is looked for among a thousand times as many, the first ones.
     """
-    train = corpus.train
+    train = corpus.sets.get("train")
+    look_at = min(look_at, _DOCUMENTS) if corpus.windows else look_at
     pool = _Pool(corpus.sets, look_at)
     near = pool.near()
     most = 1000 * look_at
@@ -170,7 +175,8 @@ def audit(corpus: Corpus, look_at: int = 20_000, show: int = 0) -> Audit:
         common_prefix_share=_common_prefixes(pool.tokens("train")),
         scripts=_scripts(train, corpus.renderer.tokenizer) if train is not None else {},
         refusals=corpus.refusals,
-        sights=sights(train, corpus.renderer.tokenizer, show) if train is not None else (),
+        sights=sights(corpus.train, corpus.renderer.tokenizer, show) if corpus.train is not None else (),
+        windows=_windows(corpus.windows) if corpus.windows else "",
     )
 
 
@@ -181,9 +187,18 @@ def _sizes(corpus: Corpus) -> dict[str, Size]:
         account = corpus.accounts.get(split) or corpus.accounts["train"]
         rows = account.rows - split_off if split == "train" else split_off if split not in corpus.accounts else account.rows
         longest = max(account.longest)[0] if account.longest else 0
+        longest = min(longest, corpus.windows.window) if corpus.windows else longest
         tokens, supervised = int(made.lengths.sum()), int(made.supervised.sum())
-        sizes[split] = Size(rows, len(made), tokens, supervised, longest, _digest(made))
+        sizes[split] = Size(rows, made.documents if corpus.windows else len(made), tokens, supervised, longest, _digest(made))
     return {split: sizes[split] for split in SPLITS if split in sizes}
+
+
+def _windows(windows: Windows) -> str:
+    ruler = windows.ruler
+    counts = "what they share counts in each" if ruler.overlap == "each" else "what they share counts once, and is context else"
+    counts = "side by side" if ruler.stride == ruler.window else f"one every {ruler.stride:,}; {counts}"
+    over = "over the borders of documents" if ruler.cross_documents else "each within a document"
+    return f"{len(windows):,} of {ruler.window:,} tokens, {counts}; {over}"
 
 
 def _digest(examples: KeptSet) -> str:
@@ -192,7 +207,7 @@ def _digest(examples: KeptSet) -> str:
     return hashlib.blake2b(each[:, np.lexsort(each)].tobytes(), digest_size=8).hexdigest()
 
 
-def sights(examples: KeptSet, tokenizer: Tokenizer, most: int) -> tuple[Sight, ...]:
+def sights(examples: ExampleSet, tokenizer: Tokenizer, most: int) -> tuple[Sight, ...]:
     return tuple(sight(examples[number], tokenizer) for number in range(min(most, len(examples))))
 
 

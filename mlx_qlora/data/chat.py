@@ -49,6 +49,7 @@ class Piece:
     eos: float | None = None  # the end-of-text token goes after, if the text does not have it, with this weight
     escaped: bool = False  # written with stand-ins for special tokens, see `Specials`
     notes: list[str] = field(default_factory=list)
+    goes_on: bool = False  # the next one begins where this one ends
 
 
 class Specials:

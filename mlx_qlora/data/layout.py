@@ -37,7 +37,7 @@ class BatchConfig:
     batch_size: int = 4
     """Examples that go through the model at once, as far as the layout lets them."""
     gradient_accumulation: int = 1
-    """Batches that make one update."""
+    """Batches that make one update. --grad-accum is the same."""
     min_supervised_per_update: int = 0
     """An update with fewer trained tokens takes further examples in until it has them."""
 

@@ -53,6 +53,7 @@ _MOST_MANIFEST = 2**26
 _PACK_SPAN = struct.Struct("<IIf").pack
 _FILES = ("tokens.bin", "spans.bin", "index.bin")
 MOST_SPLIT_OFF = 2000  # rows for validation, however many there are
+_CONTINUED = 1 << 31  # in `part`: a piece that goes on where the one before it ended, in the same document
 
 
 class ExampleSet(Protocol):
@@ -74,6 +75,7 @@ class Prepared:
 
     def __init__(self, folder: Path, manifest: dict[str, Any], passing: bool = False):
         self.folder = folder
+        self._in_pieces: bool = manifest["in_pieces"]
         self.account = Account.from_json(manifest["account"])
         self._names: list[str] = manifest["names"]
         if passing:  # nothing is to be kept: the folder goes away with this object
@@ -81,22 +83,54 @@ class Prepared:
         self._index = _mapped(folder / "index.bin", _INDEX)
         self._tokens = _mapped(folder / "tokens.bin", np.dtype(manifest["token_type"]))
         self._spans = _mapped(folder / "spans.bin", _SPAN)
+        self._verified = np.zeros(len(self._index), bool)  # whose checksum was looked at by `part`
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __getitem__(self, number: int) -> Example:
         at = self._index[number]
-        length = int(at["length"])
-        tokens = self._tokens[int(at["token"]) : int(at["token"]) + length]
-        spans = self._spans[int(at["span"]) : int(at["span"]) + int(at["spans"])]
+        tokens, spans = self._stored(at)
+        self._require_sound(at, tokens, spans)
+        return Example(self._id(at), tokens.astype(np.int32), _weights(spans, 0, len(tokens)))
+
+    def part(self, number: int, begin: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """(tokens, weights) of an example from one place to another, or to its end. Its checksum is looked at once."""
+        at = self._index[number]
+        tokens, spans = self._stored(at)
+        if not self._verified[number]:
+            self._require_sound(at, tokens, spans)
+            self._verified[number] = True
+        weights = _weights(spans, begin, min(end, len(tokens)))
+        if begin == 0 and len(weights) and at["part"] >= _CONTINUED:
+            weights[0] = _weights(spans, 1, 2)[0]  # as the next one: it has something to be predicted from, the piece before
+        return tokens[begin:end].astype(np.int32), weights
+
+    @property
+    def firsts(self) -> NDArray[np.int64] | None:
+        """The examples that a document begins with; None if these are all."""
+        return np.flatnonzero(self.begins) if self._in_pieces else None
+
+    @property
+    def documents(self) -> int:
+        """How many texts there are, of which long ones are in several pieces."""
+        return int(self.begins.sum()) if self._in_pieces else len(self)
+
+    @property
+    def begins(self) -> NDArray[np.bool_]:
+        """Of each example, whether a document begins with it."""
+        begins: NDArray[np.bool_] = self._index["part"] < _CONTINUED
+        return begins
+
+    def _stored(self, at: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+        """(tokens, spans) of an example, as they lie on the disk."""
+        tokens = self._tokens[int(at["token"]) : int(at["token"]) + int(at["length"])]
+        return tokens, self._spans[int(at["span"]) : int(at["span"]) + int(at["spans"])]
+
+    def _require_sound(self, at: Any, tokens: NDArray[Any], spans: NDArray[Any]) -> None:
         if _checksum(at, tokens.tobytes(), spans.tobytes()) != at["crc"]:
             (self.folder / "manifest").unlink(missing_ok=True)
             raise DataError(f"{self.folder}: the prepared data is damaged at {self._id(at)}. Start again; it is made anew.")
-        weights = np.zeros(length, np.float32)
-        for begin, end, weight in spans.tolist():
-            weights[begin:end] = weight
-        return Example(self._id(at), tokens.astype(np.int32), weights)
 
     @property
     def is_sound(self) -> bool:
@@ -146,7 +180,8 @@ class Prepared:
         return numbers
 
     def _id(self, at: Any) -> str:
-        part = f"#{at['part']}" if at["part"] else ""
+        number = int(at["part"])
+        part = f"+{number - _CONTINUED}" if number >= _CONTINUED else f"#{number}" if number else ""
         return f"{self._names[int(at['name'])]}:{at['line']}{part}"
 
 
@@ -170,6 +205,17 @@ class Chosen:
 
     def id(self, number: int) -> str:
         return self._whole.id(int(self._numbers[number]))
+
+    def part(self, number: int, begin: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        return self._whole.part(int(self._numbers[number]), begin, end)
+
+    @property
+    def firsts(self) -> NDArray[np.int64] | None:
+        return None if self._whole.firsts is None else np.flatnonzero(self._whole.begins[self._numbers])
+
+    @property
+    def documents(self) -> int:
+        return int(self._whole.begins[self._numbers].sum())
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -204,6 +250,10 @@ class Joined:
     @property
     def sums(self) -> NDArray[np.uint32]:
         return np.concatenate([each.sums for each in self._sets])
+
+    @property
+    def documents(self) -> int:
+        return sum(each.documents for each in self._sets)
 
     def id(self, number: int) -> str:
         own, within = self._place(number)
@@ -279,7 +329,7 @@ class Preparation:
         if reason := refused(account, self.source):
             return reason
         if account.rows == 0:
-            return f"{where}: this file has no rows; one JSON object a line is expected."
+            return f"{where}: this file has no rows; one JSON object a line is expected, or text in a .txt file."
         if account.long_rows and self.render.truncation == "error":
             return too_long(account, self.render)
         if not account.examples:
@@ -385,6 +435,7 @@ class Preparation:
         account, refusals = Account(), Refusals(stop=judged and self.source.malformed == "raise")
         token_type = np.dtype("<u2") if _greatest_id(self.renderer.tokenizer) < 2**16 else np.dtype("<u4")
         names: dict[str, int] = {}
+        in_pieces = False
         with (folder / "tokens.bin").open("wb") as tokens, (folder / "spans.bin").open("wb") as spans, (
             folder / "index.bin"
         ).open("wb") as index:  # fmt: skip
@@ -393,6 +444,7 @@ class Preparation:
                 raw = made.tokens.astype(token_type).tobytes()
                 packed = b"".join(_PACK_SPAN(*span) for span in made.spans)
                 name, line, part = _parts(id)
+                in_pieces = in_pieces or part >= _CONTINUED
                 begun = made.spans[0][0] * token_type.itemsize  # where training begins
                 known = (
                     token_place, span_place, line, _hash(raw, 0), _hash(raw[:begun]), len(made.tokens), len(made.spans),
@@ -415,6 +467,7 @@ class Preparation:
             "from": before,
             "content": content,
             "token_type": token_type.str,
+            "in_pieces": in_pieces,
             "names": list(names),
             "account": account.to_json(),
             "files": {name: _kept(folder / name) for name in _FILES},
@@ -444,14 +497,24 @@ def row_of(id: str) -> str:
     'train.jsonl:17'
     """
     name, _, place = id.rpartition(":")
-    return f"{name}:{place.partition('#')[0]}"
+    return f"{name}:{place.partition('#')[0].partition('+')[0]}"
 
 
 def _parts(id: str) -> tuple[str, int, int]:
-    """(name, line, part) of an id such as train.jsonl:17#2."""
+    """(name, line, part) of an id such as train.jsonl:17#2, the second example of a row, or book.txt:1+2, a document's second
+    piece."""
     name, _, place = id.rpartition(":")
     line, _, part = place.partition("#")
-    return name, int(line), int(part or 0)
+    line, _, piece = line.partition("+")
+    return name, int(line), int(piece) + _CONTINUED if piece else int(part or 0)
+
+
+def _weights(spans: NDArray[Any], begin: int, end: int) -> NDArray[np.float32]:
+    """The weights of tokens from one place to another."""
+    weights = np.zeros(max(0, end - begin), np.float32)
+    for first, last, weight in spans.tolist():
+        weights[max(0, first - begin) : max(0, last - begin)] = weight
+    return weights
 
 
 def _mapped(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:

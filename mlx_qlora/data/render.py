@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any, Literal
 
 from mlx_qlora.data.chat import ChatRenderer, Piece, Span, TrainOn
@@ -20,7 +19,9 @@ from mlx_qlora.errors import DataError, require
 from mlx_qlora.records import Example
 
 _BLOCK = 256  # rows that are encoded at once
+_LETTERS = 2**21  # of raw text, at most: the tokenizer needs some 40 bytes for each
 _SHOWN = 20  # problems that are listed
+WHOLE = 2**31 - 1  # as max_seq_length: documents, whatever their length, of which windows are made
 WIDTHS = tuple(round(16 * 2 ** (step / 4)) for step in range(85))  # upper ends of the histogram's bins, in tokens
 Truncation = Literal["error", "drop", "keep_end", "keep_start", "split"]
 
@@ -34,7 +35,7 @@ class RenderConfig:
     train_on: TrainOn = TrainOn.ASSISTANT
     """Every turn of the assistant, its last one, everything, or what the rows mark with "train"."""
     max_seq_length: int = 2048
-    """Longest example in tokens."""
+    """Longest example in tokens; of raw text the length of a window. --seq-len is the same."""
     truncation: Truncation = "error"
     """What longer ones do: end the run, be left out, lose their start, lose their end, or be split at turn borders."""
     min_supervised_tokens: int = 1
@@ -73,7 +74,7 @@ class Account:
         self.examples += 1
         self.tokens += length
         self.supervised_tokens += made.supervised
-        self.lengths[WIDTHS[bisect_left(WIDTHS, length)]] += 1
+        self.lengths[WIDTHS[min(bisect_left(WIDTHS, length), len(WIDTHS) - 1)]] += 1
 
     def seen(self, length: int, id: str) -> None:
         if len(self.longest) < 5 or length > self.longest[0][0]:
@@ -160,7 +161,7 @@ class Renderer:
         with ThreadPoolExecutor(1, "encode") as background:
             ahead: tuple[list[_Rendered], Future[list[list[Any]]]] | None = None
             while True:
-                raw = list(islice(rows, _BLOCK))
+                raw = _block(rows)
                 block = [one for row in raw if (one := self._render(row, account, refusals)) is not None]
                 following = (block, background.submit(self._submit, block)) if raw else None
                 if ahead is not None:
@@ -209,12 +210,15 @@ class Renderer:
     # One row
 
     def _render(self, row: Row | BadRow, account: Account, refusals: Refusals) -> _Rendered | None:
-        account.rows += 1
+        if isinstance(row, Row) and not row.begins and self.config.max_seq_length < WHOLE:
+            return None  # of a text whose first piece was refused
+        account.rows += isinstance(row, BadRow) or row.begins
         try:
             if isinstance(row, BadRow):
                 raise RowError(row.reason)
             name, meaning = understand(row, self._source.format, self._source.fields)
-            rendered = _Rendered(row.id, name, meaning, self.pieces(meaning))
+            pieces = self.pieces(meaning) if row.begins and row.ends else self._part_of_text(row, meaning)
+            rendered = _Rendered(row.id, name, meaning, pieces)
         except RowError as error:
             refusals.add(row.id, str(error))
             return None
@@ -345,6 +349,13 @@ class Renderer:
         notes = ["escaped"] * escaped + ["ended_already"] * (completion != pair.completion)
         return Piece(text, spans, bos=True, eos=eos, escaped=escaped, notes=notes)
 
+    def _part_of_text(self, row: Row, meaning: Meaning) -> list[Piece]:
+        """A piece of a text that is too long to be a row."""
+        if self.config.max_seq_length < WHOLE or not isinstance(meaning, Plain):
+            raise RowError("a text of more than 64 KB, which is too long for one example; windows: on trains all of it.")
+        piece = self._plain(meaning)
+        return [replace(piece, bos=row.begins, eos=piece.eos if row.ends else None, goes_on=not row.ends)]
+
     def _plain(self, plain: Plain) -> Piece:
         found = self._chat.specials.pattern.search(plain.text)
         notes = ["obeyed"] if found else []
@@ -423,6 +434,17 @@ def too_long(account: Account, config: RenderConfig) -> str:
         lines.append(f"  --truncation {name:<11} {what}: {tokens:,} trained tokens lost{gone}")
     lines.append("  --truncation split       makes several examples of a row, cut at turn borders")
     return "\n".join(lines)
+
+
+def _block(rows: Iterator[Row | BadRow]) -> list[Row | BadRow]:
+    """The next rows to encode at once."""
+    taken: list[Row | BadRow] = []
+    letters = 0
+    while len(taken) < _BLOCK and letters < _LETTERS and (row := next(rows, None)) is not None:
+        taken.append(row)
+        text = row.value.get("text") if isinstance(row, Row) else None
+        letters += len(text) if isinstance(text, str) else 0
+    return taken
 
 
 def _rows(number: int) -> str:

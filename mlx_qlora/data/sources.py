@@ -6,6 +6,7 @@ A row carries its origin, `train.jsonl:17`, from here into every message about i
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import gzip
@@ -25,10 +26,12 @@ from mlx_qlora.errors import DataError, require
 
 _MAX_LINE = 16 * 2**20  # bytes; a longer line is no training row, and must not fill the memory
 _MAX_LIST = 2**30  # bytes of a JSON list, which is held in memory whole; and what is read to find the end of a line
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_PIECE = 2**16  # bytes; longer texts come in pieces of about so many
+_DOCUMENT_END = b"<|endoftext|>"  # alone in a line, it ends a document in a .txt file
 _SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev", "eval"), "test": ("test",)}
 SPLITS = tuple(_SPLITS)
-_EXPECTED = "a folder with train.jsonl, a file (.jsonl, .json, .csv, .parquet; .gz too), or hub:owner/name"
+_EXPECTED = "a folder with train.jsonl, a file (.jsonl, .json, .csv, .parquet, .txt; .gz too), or hub:owner/name"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Row:
 
     id: str
     value: dict[str, Any]
+    begins: bool = True  # else it goes on where the row before ended: pieces of one long text
+    ends: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,8 @@ class SourceConfig:
     """Where the examples come from."""
 
     data: str | tuple[str, ...] = ()
-    """A folder with train and, if you have them, valid and test files; a file (.jsonl, .json, .csv, .tsv, .parquet, .gz) or a
-    pattern; hub:owner/name or hub:owner/name@split; embedded; or several of these."""
+    """A folder with train and, if you have them, valid and test files, or of .txt files; a file (.jsonl, .json, .csv, .tsv,
+    .parquet, .txt, .gz) or a pattern; hub:owner/name or hub:owner/name@split; embedded; or several of these."""
     data_weights: tuple[float, ...] = ()
     """With several sources: the share of each in an epoch, such as 3 1. Without it each example comes once."""
     format: Literal["auto", "messages", "sharegpt", "prompt", "alpaca", "question", "text"] = "auto"
@@ -192,11 +197,20 @@ def _in_folder(folder: Path, training: bool = True) -> dict[str, tuple[File, ...
             raise DataError(f"{folder}: {both} could all be the {split} rows; keep one, or name the file.")
         if found:
             files[split] = _named(found)
+    if not files and (texts := _texts_in(folder)):
+        return {"train": _named(texts)}
     if "train" not in files and (training or not files):
         names_here = sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
         holds = ", ".join(names_here[:8] + ["..."] * (len(names_here) > 8)) or "nothing"
         raise DataError(f"{folder}: no train.jsonl in this folder (it holds {holds}). Name a folder that has one, or a file.")
     return files
+
+
+def _texts_in(folder: Path) -> list[Path]:
+    """The .txt files of a folder and of those in it, if it has no data of another kind."""
+    others = [child for child in folder.iterdir() if child.suffix.lower() in _SUFFIXES and not is_plain_text(child)]
+    found = [] if others else sorted(each for each in folder.rglob("*.txt*") if is_plain_text(each) and each.is_file())
+    return [each for each in found if not any(part.startswith(".") for part in each.relative_to(folder).parts)]
 
 
 def _named(paths: Sequence[Path]) -> tuple[File, ...]:
@@ -250,7 +264,9 @@ class DiskFile:
                 return
             self._look()
             with self._open() as file:
-                if suffix in (".csv", ".tsv"):
+                if suffix == ".txt":
+                    yield from _documents(file, self.name)
+                elif suffix in (".csv", ".tsv"):
                     yield from _csv(file, self.name)
                 elif _first_letter(file) == b"[" and (suffix == ".json" or _goes_on(file)):
                     yield from _array(file, self.name)
@@ -359,6 +375,57 @@ def _array(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
 
 
 _TOO_LARGE = object()
+
+
+def is_plain_text(path: Path) -> bool:
+    """Whether a file has documents as they stand, in no rows."""
+    return [suffix.lower() for suffix in path.suffixes if suffix != ".gz"][-1:] == [".txt"]
+
+
+def _documents(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
+    """The texts of a file: all of it is one, but where a line that is <|endoftext|> ends one. Long ones come in pieces, which
+    are cut at ends of lines where there are any."""
+    held: Row | None = None  # until it is known whether the text goes on
+    for one in _pieces(file, name):
+        if held is not None:
+            yield replace(held, ends=isinstance(one, BadRow) or one.begins)
+        held = one if isinstance(one, Row) else None
+        if isinstance(one, BadRow):
+            yield one
+    if held is not None:
+        yield held
+
+
+def _pieces(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
+    number, began, count = 0, 1, 0  # lines read, the line that the text begins with, its pieces so far
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    lines: list[bytes] = []
+    size, broken = 0, False
+    while True:
+        line = file.readline(_PIECE)
+        over = not line or line.strip() == _DOCUMENT_END
+        if not over:
+            lines.append(line)
+            size += len(line)
+        if over or size >= _PIECE:
+            raw, lines, size = b"".join(lines), [], 0
+            try:
+                text = "" if broken else decoder.decode(raw, final=over)
+            except UnicodeDecodeError as error:
+                own = number - raw.count(b"\n") + raw.count(b"\n", 0, error.start) + 1
+                yield BadRow(f"{name}:{own}", "not UTF-8; save the file as UTF-8. This text is read no further.")
+                text, broken = "", True
+            text = text if count else text.lstrip("\r\n")
+            text = text.rstrip("\r\n") if over else text
+            if text:
+                count += 1
+                yield Row(f"{name}:{began}" + (f"+{count}" if count > 1 else ""), {"text": text}, begins=count == 1)
+        number += line.endswith(b"\n")
+        if over:
+            began, count, broken = number + 1, 0, False
+            decoder = codecs.getincrementaldecoder("utf-8")()
+        if not line:
+            return
 
 
 def _csv(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:

@@ -120,7 +120,7 @@ class Encoder:
             if self._eos is None:
                 raise RowError("the tokenizer has no end-of-text token, so an answer would have no end.")
             ids, spans = [*ids, self._eos], [*spans, (len(ids), len(ids) + 1, piece.eos)]
-        elif spans and spans[-1][1] == len(ids) and ends_in not in self._stops:
+        elif spans and spans[-1][1] == len(ids) and ends_in not in self._stops and not piece.goes_on:
             notes = [*notes, f"no_stop:{self._tokenizer.decode([ends_in])}"]
         return Encoded(np.array(ids, np.int32), _in_order(spans), notes)
 

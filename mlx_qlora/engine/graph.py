@@ -275,7 +275,22 @@ class _Rewriting:
         return self._copied(name, layer.inside, self._again[layer.end], None)
 
     def _copied(self, name: str, inside: set[int], copies: dict[str, str], after: str | None) -> str:
-        """The array as a copy of the nodes that give it computes it; `after` says what has to be there before."""
+        """The array as a copy of the nodes that give it computes it; `after` says what has to be there before.
+
+        What it is made of comes first, without recursion: a recurrent layer is a chain of thousands of nodes.
+        """
+        waiting = [name]
+        while waiting:
+            maker = self._made.get(waiting[-1])
+            inputs = self._old.nodes[maker].inputs if maker is not None and maker in inside else ()
+            lacking = (each for each in inputs if each not in copies and self._made.get(each, -1) in inside)
+            if (first := next(lacking, None)) is not None:
+                waiting.append(first)
+            else:
+                self._copy(waiting.pop(), inside, copies, after)
+        return self._copy(name, inside, copies, after)
+
+    def _copy(self, name: str, inside: set[int], copies: dict[str, str], after: str | None) -> str:
         if name in copies:
             return copies[name]
         maker = self._made.get(name)

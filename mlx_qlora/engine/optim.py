@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.optimizers
-from mlx.utils import tree_map, tree_reduce
+from mlx.utils import tree_flatten, tree_map, tree_reduce
 
 from mlx_qlora.errors import ConfigError, require
 
@@ -29,7 +30,7 @@ class OptimConfig:
     """How an update is made from gradients."""
 
     learning_rate: float = 1e-4
-    """The highest learning rate of the schedule."""
+    """The highest learning rate of the schedule. --lr is the same."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How it falls after the warm-up, to 0 at the end of the run."""
     warmup_steps: int = 0
@@ -38,13 +39,18 @@ class OptimConfig:
     """An optimizer of mlx.optimizers."""
     optimizer_options: dict[str, float] = field(default_factory=dict)
     """Further numbers for the optimizer, such as weight_decay, momentum, or beta1 and beta2 for its betas."""
+    embedding_learning_rate: float | None = None
+    """The highest learning rate of embeddings and head, where these are trained; without a number as all the rest."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What the optimizer's weight decay shrinks: matrices only, or norms and biases, too."""
     clip_grad_norm: float = 1.0
     """Largest norm of the whole gradient; 0: unclipped."""
 
     def __post_init__(self) -> None:
-        finite = math.isfinite(self.learning_rate)
+        finite, own = math.isfinite(self.learning_rate), self.embedding_learning_rate
         require(
             (finite and self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0, such as 1e-4"),
+            (own is None or 0 < own < math.inf, "embedding_learning_rate", own, "a number above 0, such as 1e-5"),
             (self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "a whole number from 0"),
             (0 <= self.clip_grad_norm < math.inf, "clip_grad_norm", self.clip_grad_norm, "a number from 0 (0: no clipping)"),
             (self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, " or ".join(OPTIMIZERS)),
@@ -76,8 +82,37 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Schedule:
     return rate
 
 
-def make_optimizer(config: OptimConfig, total_steps: int) -> mlx.optimizers.Optimizer:
-    """The optimizer with its schedule. Adam and AdamW correct their bias, as everywhere but in MLX's default."""
+def make_optimizer(
+    config: OptimConfig, total_steps: int, params: Any = None, of_vocabulary: Callable[[str], bool] = lambda name: False
+) -> mlx.optimizers.Optimizer:
+    """The optimizer with its schedule, for these parameters. Adam and AdamW correct their bias, as everywhere but in MLX's
+    default. Where embeddings and head, told by their names, have a learning rate of their own, or arrays are spared from
+    decay, each group has an optimizer; `learning_rate` is then that of the first, which is the rest of the model."""
+
+    def group(name: str, array: mx.array) -> tuple[bool, bool]:
+        """(whether it has the learning rate of embeddings, whether it is spared from decay)"""
+        own = config.embedding_learning_rate is not None and of_vocabulary(name)
+        return own, array.ndim < 2 and config.decay == "matrices" and _decays(config)
+
+    groups = sorted({group(name, array) for name, array in _flat(params)}) or [(False, False)]
+    optimizers = [_of_group(config, total_steps, *each) for each in groups]
+    if len(groups) == 1:
+        return optimizers[0]
+    filters = [lambda name, array, wanted=each: group(name, array) == wanted for each in groups[:-1]]
+    return mlx.optimizers.MultiOptimizer(optimizers, filters)
+
+
+def _flat(params: Any) -> list[tuple[str, mx.array]]:
+    return [] if params is None else tree_flatten(params)  # type: ignore[return-value]
+
+
+def _decays(config: OptimConfig) -> bool:
+    """Whether the optimizer shrinks weights, as it was told to or by default."""
+    default = signature(OPTIMIZERS[config.optimizer]).parameters.get("weight_decay")
+    return bool(config.optimizer_options.get("weight_decay", default.default if default else 0))
+
+
+def _of_group(config: OptimConfig, total_steps: int, of_embeddings: bool, spared: bool) -> mlx.optimizers.Optimizer:
     kind: Any = OPTIMIZERS[config.optimizer]
     options: dict[str, Any] = dict(config.optimizer_options)
     if "beta1" in options or "beta2" in options:
@@ -86,6 +121,10 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> mlx.optimizers.Opti
         options.setdefault("bias_correction", True)
     if config.optimizer == "adafactor":
         options |= {"relative_step": False, "scale_parameter": False}
+    if spared:
+        options["weight_decay"] = 0.0
+    if of_embeddings and config.embedding_learning_rate is not None:
+        config = replace(config, learning_rate=config.embedding_learning_rate, embedding_learning_rate=None)
     try:
         optimizer: mlx.optimizers.Optimizer = kind(learning_rate=make_schedule(config, total_steps), **options)
     except (TypeError, ValueError) as error:
@@ -95,6 +134,20 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> mlx.optimizers.Opti
             f"See mlx.optimizers.{kind.__name__} for its options."
         ) from error
     return optimizer
+
+
+def times(config: OptimConfig, rate: float) -> OptimConfig:
+    """The same with other learning rates, all of them by this factor."""
+    own = config.embedding_learning_rate
+    return replace(
+        config, learning_rate=config.learning_rate * rate, embedding_learning_rate=None if own is None else own * rate
+    )
+
+
+def begin(optimizer: mlx.optimizers.Optimizer, params: Any) -> None:
+    """Give the optimizer its state for these parameters, if it has none: in float32, whatever they are; MLX would take
+    their dtype, and in bfloat16 a mean of squares stops moving at 1/256 of its value."""
+    optimizer.init(tree_map(lambda array: array.astype(mx.float32), params))
 
 
 def global_norm(grads: Any) -> mx.array:

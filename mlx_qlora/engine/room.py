@@ -43,7 +43,7 @@ class Room:
         if self.now <= _LEAST:
             raise OutOfMemoryError(
                 f"Memory ended even with one example at a time: {' '.join(said.split())[:200]}\n"
-                "What to try, in this order: grad_checkpoint: on, fewer lora.layers, a smaller max_seq_length, "
+                "What to try, in this order: grad_checkpoint: on, with adapters fewer lora.layers, a smaller max_seq_length, "
                 "a model with fewer bits or weights. mlx-qlora plan says what each of them comes to."
             )
         self.halvings += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol, cast
@@ -13,9 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers
 import numpy as np
+from mlx.utils import tree_map
 
 from mlx_qlora.engine.accumulate import GradientAccumulator
-from mlx_qlora.engine.optim import OptimConfig, guarded_update
+from mlx_qlora.engine.optim import OptimConfig, begin, guarded_update
 from mlx_qlora.engine.room import Laid, Room, is_out_of_memory
 from mlx_qlora.records import BEGIN, Batch, Example, Halfway, LossSum, StepReport, TrainState, Update, Window
 
@@ -53,6 +55,7 @@ class Engine:
     with_key: WithKey
     seed: int = 0
     compiled: bool = False
+    computes_in: mx.Dtype | None = None  # forward and backward; gradients and parameters stay what they are; None: as these
     room: Room = field(default_factory=lambda: Room(1 << 30))
     lay_out: Laid | None = None  # makes smaller batches of the same examples when memory ends
     rehearse: tuple[Example, ...] = ()  # the longest of the run: computed first, so that what does not fit fails at once
@@ -68,7 +71,7 @@ def micro_step(engine: Engine) -> MicroStep:
     model, objective = engine.model, engine.objective
 
     def total(params: Any, batch: Batch) -> tuple[mx.array, LossSum]:
-        model.update(params)
+        model.update(in_precision(params, engine.computes_in))
         loss = objective(model, batch)
         return loss.total, loss
 
@@ -98,6 +101,27 @@ def micro_step(engine: Engine) -> MicroStep:
     return run
 
 
+def in_precision(params: Any, dtype: mx.Dtype | None) -> Any:
+    """The same parameters in another dtype; the gradient with respect to them stays in their own."""
+    if dtype is None:
+        return params
+    return tree_map(lambda array: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array, params)
+
+
+@contextmanager
+def computing_in(model: nn.Module, dtype: mx.Dtype | None) -> Iterator[None]:
+    """Inside, the model computes in this dtype; None: as its parameters are."""
+    if dtype is None:
+        yield
+        return
+    before = model.parameters()
+    model.update(in_precision(before, dtype))
+    try:
+        yield
+    finally:
+        model.update(before)
+
+
 def dropout_key(seed: int, update: int) -> mx.array:
     """The key of an update, the same in every run with this seed; what is dropped follows from it and the tokens."""
     return mx.random.key(int(np.random.SeedSequence((seed, update)).generate_state(1, np.uint64)[0]))
@@ -113,7 +137,7 @@ def steps(
     update too.
     """
     step_on = micro_step(engine)
-    engine.optimizer.init(engine.model.trainable_parameters())
+    begin(engine.optimizer, engine.model.trainable_parameters())
     if engine.rehearse and engine.lay_out:
         engine.enter("batch", update=start.step + 1, budget=engine.room.now)
         engine.room.within(partial(_rehearse, engine, step_on))
@@ -179,7 +203,8 @@ def _made(
 
 def _applied(engine: Engine, loss: LossSum, gradients: Any) -> dict[str, Any]:
     """Make the update, and say what it came to."""
-    mean = loss.total / loss.weight
+    weight = mx.maximum(loss.weight, 1e-20)  # windows may have no target between them: a loss of 0, and a gradient of 0
+    mean = loss.total / weight
     done = guarded_update(engine.optimizer, engine.model.trainable_parameters(), gradients, mean, engine.config.clip_grad_norm)
     engine.model.update(done.params)
     mx.eval(done, engine.optimizer.state, mean, loss.metrics)
@@ -188,7 +213,7 @@ def _applied(engine: Engine, loss: LossSum, gradients: Any) -> dict[str, Any]:
         "learning_rate": _number(done.learning_rate),
         "grad_norm": _number(done.grad_norm),
         "finite": bool(done.finite.item()),
-        "metrics": {name: _number(value / loss.weight) for name, value in loss.metrics.items()},
+        "metrics": {name: _number(value / weight) for name, value in loss.metrics.items()},
     }
 
 

@@ -34,12 +34,15 @@ def facts(audit: Audit) -> Iterator[Fact]:
 
 def _known(audit: Audit) -> Iterator[tuple[str, str]]:
     """(what, what is known of it)."""
-    yield "template", audit.template
-    yield "trained", _TRAINED[audit.train_on]
+    if audit.windows:
+        yield "windows", audit.windows
+    if not audit.windows or not _only_text(audit):
+        yield "template", audit.template
+        yield "trained", _TRAINED[audit.train_on]
     for name, (share, passes) in audit.shares.items():
         yield "source", f"{name}: {share:.1%} of an epoch, each of its examples {passes:.2f} times"
     account = audit.accounts.get("train")
-    if account is not None and account.lengths:
+    if account is not None and account.lengths and not audit.windows:
         yield "lengths", _histogram(account)
     whole = audit.sizes["train"].examples if "train" in audit.sizes else 0
     among = "" if audit.looked_at >= whole else f" (of {audit.looked_at:,} looked at)"
@@ -55,6 +58,10 @@ def _known(audit: Audit) -> Iterator[tuple[str, str]]:
         yield "test", leaks["test"]
     if audit.scripts:
         yield "letters", ", ".join(f"{name} {share:.0%}" for name, share in audit.scripts.items() if share >= 0.005)
+
+
+def _only_text(audit: Audit) -> bool:
+    return all(set(+account.formats) <= {"text"} for account in audit.accounts.values())
 
 
 def _all_notes(audit: Audit) -> Iterator[str]:

@@ -60,7 +60,9 @@ def _against_overfitting(
 ) -> Iterator[Advice]:
     report, epoch = best
     epochs, rate, rank = settings.get("epochs"), settings.get("learning_rate"), settings.get("lora.rank")
-    dropout, patience = settings.get("lora.dropout"), settings.get("early_stopping.patience")
+    whole = settings.get("fine_tune_type") == "full"
+    name, where = ("dropout", "a model") if whole else ("lora.dropout", "adapters")
+    dropout, patience = settings.get(name), settings.get("early_stopping.patience")
     enough = max(1, math.ceil(epoch))
     if overfits and patience == 0:
         yield Advice("early_stopping.patience", 0, 5, f"validation was best at epoch {epoch:.2f}, and nothing stopped the run")
@@ -71,8 +73,9 @@ def _against_overfitting(
             "learning_rate", rate, rate / 2, f"validation was best after {report.step:,} updates, within the first epoch"
         )
     if isinstance(dropout, float | int) and dropout < 0.05:
-        yield Advice("lora.dropout", dropout, 0.08, "adapters that lose some of their inputs learn less by heart")
-    if isinstance(rank, int) and rank > 1 and parameters > trained_tokens > 0:
+        lose = "loses some of what its layers give learns" if whole else "lose some of their inputs learn"
+        yield Advice(name, dropout, 0.08, f"{where} that {lose} less by heart")
+    if not whole and isinstance(rank, int) and rank > 1 and parameters > trained_tokens > 0:
         why = f"{parameters:,} parameters are trained on {trained_tokens:,} trained tokens an epoch"
         yield Advice("lora.rank", rank, max(1, rank // 2), why)
     if trained_tokens:

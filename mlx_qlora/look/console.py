@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,13 @@ from mlx_qlora.data.audit import Audit
 from mlx_qlora.engine.memory import Fit
 from mlx_qlora.engine.optim import OptimConfig
 from mlx_qlora.errors import MlxQloraError
+from mlx_qlora.files import json_object
 from mlx_qlora.look.account import facts, training_notes
 from mlx_qlora.look.evaluation.generate import Answered, Scores
 from mlx_qlora.look.gap import GapAnalysis, gap_facts, gap_text, grade
+from mlx_qlora.look.pages.page import VISIBLE
 from mlx_qlora.model.activations import KeptStates
-from mlx_qlora.model.lora import Attached
+from mlx_qlora.model.lstm import MODEL_TYPE as LSTM
 from mlx_qlora.records import BEGIN, EvalReport, StepReport, TrainState
 from mlx_qlora.run.checkpoint import Checkpoint
 
@@ -46,6 +49,7 @@ def answered(verb: str, call: Callable[[], int]) -> int:
         return 130
 
 
+_WIDEST = 160  # of a sample's line
 _QUIET_S = 20.0  # without a terminal: a line at least so often
 
 
@@ -89,16 +93,6 @@ class Console:
         for number, line in enumerate(lines):
             self.say(f"{name if number == 0 else '':<9} {line}")
 
-    def adapters(self, attached: Attached) -> None:
-        config = attached.config
-        share = attached.trainable / attached.total
-        self.fact(
-            "adapters",
-            f"rank {config.rank}, scale {config.scale:g}, dropout {config.dropout:g}, on {len(attached.paths)} linear layers",
-            f"{', '.join(config.targets)}{f', last {config.layers} layers' if config.layers else ''}: "
-            f"{attached.trainable:,} of {attached.total:,} parameters are trained ({share:.2%})",
-        )
-
     def preparing(self, rows: int) -> None:
         """How far the preparation of data is; heard of only where it takes a while."""
         now = time.monotonic()
@@ -140,8 +134,8 @@ class Console:
         """What a run will need at most, and what there is."""
         need = fit.memory
         parts = [
-            f"weights {size(need.weights)}",
-            f"adapters and optimizer {size(need.adapters + need.optimizer)}",
+            *([f"weights {size(need.weights)}"] if need.weights else []),
+            f"{'adapters' if need.weights else 'parameters'} and optimizer {size(need.adapters + need.optimizer)}",
             f"activations {size(need.activations)}",
         ]
         parts += [f"logits {size(need.logits)}"] if need.logits > need.peak / 100 else []
@@ -151,13 +145,20 @@ class Console:
             self.say(f"{'':<9} WARNING: that does not fit; mlx-qlora plan says what to change")
 
     def plan(self, optim: OptimConfig, per_update: int, per_epoch: int | None, total: int, eval_every: int) -> None:
+        own = optim.embedding_learning_rate
+        apart = f", embeddings and head from {own:g}" if own is not None else ""
         warmup = f" after {optim.warmup_steps:,} of warm-up" if optim.warmup_steps else ""
         self.fact(
             "plan",
-            f"{total:,} updates of {per_update} examples, {f'{per_epoch:,} an epoch' if per_epoch else 'from a stream'}, "
+            f"{many(total, 'update')} of {many(per_update, 'example')}, "
+            f"{f'{per_epoch:,} an epoch' if per_epoch else 'from a stream'}, "
             f"validation every {eval_every:,}",
-            f"{optim.optimizer}, {optim.schedule} schedule from {optim.learning_rate:g}{warmup}",
+            f"{optim.optimizer}, {optim.schedule} schedule from {optim.learning_rate:g}{apart}{warmup}",
         )
+
+    def exposure(self, what: str, warnings: Sequence[str]) -> None:
+        """What the run will see, and what to set where that is little."""
+        self.fact("exposure", what, *(f"WARNING: {each}" for each in warnings))
 
     def resumes(self, found: Checkpoint, changes: Sequence[str]) -> None:
         self.fact("resume", f"from {found.folder.name}, after update {found.state['state']['step']:,}", *changes)
@@ -205,16 +206,24 @@ class Console:
         made = max(1, report.step - begun.step)
         return (report.elapsed_s - begun.elapsed_s) / made * (self._total - report.step)
 
-    def validation(self, report: EvalReport, patience: int) -> None:
+    def validation(self, report: EvalReport, patience: int, of_text: bool = False) -> None:
         if report.best and report.stale == 0:
             verdict = "best so far"
         else:
             most = f"/{patience}" if patience else ""
             verdict = f"{'best so far, but ' if report.best else ''}no improvement {report.stale}{most}"
         self.say(
-            f"update {report.step:<5} val {report.val_loss:.4f}  train {report.train_eval_loss:.4f}  "
-            f"gap {gap_text(report.gap, report.gap_se)} {grade(report.gap):<9}  {verdict}"
+            f"update {report.step:<5} val {report.val_loss:.4f}{_perplexity(report, of_text)}  "
+            f"train {report.train_eval_loss:.4f}  gap {gap_text(report.gap, report.gap_se)} {grade(report.gap):<9}  {verdict}"
         )
+
+    def samples(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """A line for each, what it was given in brackets."""
+        width = min(_WIDEST, max(40, shutil.get_terminal_size().columns)) - 1
+        for line in lines:
+            prompt, text = (" ".join(str(line[name]).split()).translate(VISIBLE) for name in ("prompt", "text"))
+            told = f"{'sample':<9} {f'[{prompt}] ' if prompt else ''}{text or '(nothing)'}"
+            self.say(told if len(told) <= width else f"{told[: width - 3]}...")
 
     def end_bar(self) -> None:
         if self._bar is not None:
@@ -224,25 +233,25 @@ class Console:
 
     def ended(self, how: str, steps: int, seconds: float) -> None:
         self.say()
-        self.fact("ended", f"{how} after {steps:,} updates, {duration(seconds)}")
+        self.fact("ended", f"{how} after {many(steps, 'update')}, {duration(seconds)}")
 
-    def best(self, report: EvalReport, epoch: float, folder: Path) -> None:
+    def best(self, report: EvalReport, epoch: float, file: Path, of_text: bool = False) -> None:
         self.fact(
             "best",
-            f"val_loss {report.val_loss:.4f} at update {report.step} (epoch {epoch:.2f})",
-            f"kept in {folder / 'adapters'}",
+            f"val_loss {report.val_loss:.4f}{_perplexity(report, of_text)} at update {report.step} (epoch {epoch:.2f})",
+            f"kept in {file.parent}",
         )
 
     def gap(self, gap: GapAnalysis) -> None:
         for name, lines in gap_facts(gap):
             self.fact(name, *lines)
 
-    def answers(self, answered: Sequence[Answered], base: Scores, tuned: Scores, show: int = 3) -> None:
+    def answers(self, answered: Sequence[Answered], base: Scores | None, tuned: Scores, show: int = 3) -> None:
         self.fact(
             "answers",
             f"to {len(answered)} validation questions   token F1   exact",
-            f"{'base model':<31} {base.token_f1:8.3f} {base.exact_match:8.3f}",
-            f"{'fine-tuned':<31} {tuned.token_f1:8.3f} {tuned.exact_match:8.3f}",
+            *([f"{'base model':<31} {base.token_f1:8.3f} {base.exact_match:8.3f}"] if base else []),
+            f"{'fine-tuned' if base else 'the model':<31} {tuned.token_f1:8.3f} {tuned.exact_match:8.3f}",
         )
         for one in answered[:show]:
             self.say()
@@ -252,15 +261,17 @@ class Console:
                 ("before", one.base),
                 ("after", one.tuned),
             ):
-                self.say(f"  {name:<9} {' '.join(text.split())[:100]}")
+                if text is not None:
+                    self.say(f"  {name:<9} {' '.join(text.split())[:100]}")
 
-    def where(self, folder: Path, model: str, interrupted: Path | None = None) -> None:
-        """What lies where, and what comes next; `interrupted`: the checkpoint from which it goes on."""
-        template = folder / "chat_template.jinja"
+    def where(self, folder: Path, model: str, file: str, interrupted: Path | None = None, of_text: bool = False) -> None:
+        """What lies where, and what comes next. `file`: the one with what was trained, in the folder; `interrupted`: the
+        checkpoint from which it goes on."""
+        template, best = folder / "chat_template.jinja", (folder / file).parent
         self.say()
         self.fact(
             "files",
-            f"{folder / 'adapters'}: the best adapters, as mlx-lm loads them",
+            f"{best}: the best {best.name}{_as_loaded(best)}",
             f"{folder / 'training_metrics.jsonl'}, .json, .csv: every update and validation",
             f"{folder / 'training_summary.json'}: all of the above, for programs",
             *(
@@ -276,17 +287,49 @@ class Console:
                 f"mlx-qlora train --output-dir {shlex.quote(str(folder))} --resume",
             )
             return
-        path = _from_here(embedded_model()) if model == EMBEDDED else model
+        base = str(_from_here(embedded_model())) if model == EMBEDDED else model
         quoted = shlex.quote(str(folder))
+        measures = "perplexity, bits per byte, accuracy" if of_text else "questions, scores"
         self.fact(
             "next",
-            f'mlx_lm.generate --model {path} --adapter-path {folder / "adapters"} --prompt "..."',
-            f"mlx-qlora evaluate --run {quoted}: questions, scores, the base model beside it",
+            *([f'mlx_lm.generate {used(best, base)} --prompt "..."'] if mlx_lm_loads(best) else []),
+            f"mlx-qlora evaluate --run {quoted}: {measures}{', the base model beside it' if model else ''}",
             f"mlx-qlora report {quoted}: one page about it",
         )
         if model == EMBEDDED:
             self.say(f"{'':<9} and with a model and data of your own:")
             self.say(f"{'':<9} mlx-qlora train --model FOLDER_OR_NAME --data FOLDER --output-dir runs/first")
+
+
+def many(count: int, what: str) -> str:
+    """
+    >>> many(1, "update"), many(2000, "update")
+    ('1 update', '2,000 updates')
+    """
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def used(best: Path, base: str) -> str:
+    """The flags with which mlx-lm takes what a run has trained: a whole model, or adapters on their base."""
+    own = shlex.quote(str(best))
+    return f"--model {own}" if best.name == "model" else f"--model {shlex.quote(base)} --adapter-path {own}"
+
+
+def _perplexity(report: EvalReport, of_text: bool) -> str:
+    return f" (perplexity {report.perplexity:,.4g})" if of_text else ""
+
+
+def mlx_lm_loads(best: Path) -> bool:
+    """Whether mlx-lm knows what a run has trained; an LSTM it does not."""
+    return json_object(best / "config.json").get("model_type") != LSTM
+
+
+def _as_loaded(best: Path) -> str:
+    return (
+        f", as mlx-lm loads {'it' if best.name == 'model' else 'them'}"
+        if mlx_lm_loads(best)
+        else ", as mlx_qlora.load loads it"
+    )
 
 
 def _from_here(path: Path) -> Path:

@@ -125,7 +125,7 @@ def gap_facts(gap: GapAnalysis) -> Iterator[tuple[str, list[str]]]:
     if gap.overfits_from_step is not None:
         lines.append(
             f"overfits from update {gap.overfits_from_step:,} (epoch {gap.overfits_from_epoch:.2f}) on: known examples fell by "
-            f"{gap.fall:.3f} since, new ones rose by {gap.rise:.3f}; the adapters that are kept are from there"
+            f"{gap.fall:.3f} since, new ones rose by {gap.rise:.3f}; the weights that are kept are from there"
         )
     yield "gap", lines
     if gap.advice:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mlx_qlora.run.metrics import NAME
 AROUND = {
     "save_every", "save_minutes", "keep_checkpoints", "output_dir", "overwrite", "resume", "resume_anyway", "supervise",
     "trace", "stall_after_s", "score_questions", "max_answer_tokens", "data_cache", "trunk_cache_gb", "trunk_cache_dir",
-    "malformed_limit", "report_to", "tracker_project",
+    "malformed_limit", "report_to", "tracker_project", "sample_every", "sample_prompts", "sample_tokens", "sample_temperature",
 }  # fmt: skip
 
 
@@ -97,9 +98,21 @@ class History:
         return analyse(self.validations, self.settings, parameters, self.trained_tokens)
 
     @property
+    def exposure(self) -> Mapping[str, Any]:
+        """What the run has seen, as training_summary.json says it; empty while it goes on, and of runs that kept no account."""
+        found = self.summary.get("exposure")
+        return found if isinstance(found, Mapping) else {}
+
+    @property
     def trained_tokens(self) -> int:
         """Trained tokens of an epoch, as far as that is known."""
         return _whole(self.account.get("supervised_tokens"))
+
+    @property
+    def over_tokens(self) -> History:
+        """The same with tokens that were read for updates: what runs of unlike updates have in common."""
+        read = accumulate(int(number(line.get("tokens")) or 0) for line in self.lines)
+        return replace(self, lines=tuple(line | {"step": tokens} for line, tokens in zip(self.lines, read, strict=True)))
 
 
 _FIGURES = ("val_loss", "train_eval_loss", "val_loss_se", "train_eval_loss_se")

@@ -43,23 +43,56 @@ def mean_loss(model: nn.Module, objective: Objective, batches: Iterable[Batch]) 
 
 def measure(model: nn.Module, objective: Objective, batches: Iterable[Batch], examples: Sequence[Example]) -> Measured:
     """The same of batches that hold these examples, in whatever layout, with its error."""
+    total, weight, places = look_at(model, objective, batches)
+    mean = total / weight if weight else math.nan
+    if not places.values.shape[1]:
+        return Measured(mean, math.nan, np.empty(0), np.empty(0))
+    sums, weights = places.of(examples)
+    return Measured(mean, standard_error(sums[:, 0], weights), sums[:, 0], weights)
+
+
+def as_ratio(totals: NDArray[np.float64], weights: NDArray[np.float64]) -> Measured:
+    """Sums over examples as what they come to in all, with its error."""
+    return Measured(float(totals.sum() / weights.sum()), standard_error(totals, weights), totals, weights)
+
+
+@dataclass(frozen=True)
+class Places:
+    """What a model made of the targets of some batches. What was read before a target names its place in every layout."""
+
+    known: NDArray[np.uint64]  # [N], in order
+    values: NDArray[np.float32]  # [N, K]: the loss, and what else the objective says; K is 0 where it tells no places apart
+
+    def of(self, examples: Sequence[Example]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """([examples, K], [examples]): the values summed with the weights of each example, and its weight. A place that
+        several examples share belongs to each of them. Of an example that was computed, any targets may be asked for."""
+        sums, weights = np.zeros((len(examples), self.values.shape[1])), np.zeros(len(examples))
+        for number, example in enumerate(examples):
+            at = np.flatnonzero(example.weights[1:])
+            own = _places(histories(example.tokens[:-1])[at], example.tokens[1:][at])
+            each = example.weights[1:][at].astype(np.float64)
+            sums[number] = each @ self.values[np.searchsorted(self.known, own)]
+            weights[number] = each.sum()
+        return sums, weights
+
+
+def look_at(model: nn.Module, objective: Objective, batches: Iterable[Batch]) -> tuple[float, float, Places]:
+    """(the loss summed, its weight, every place)."""
     total = weight = 0.0
-    marks: list[NDArray[np.uint64]] = []
-    targets: list[NDArray[np.int32]] = []
-    losses: list[NDArray[np.float32]] = []
+    names: list[NDArray[np.uint64]] = []
+    values: list[NDArray[np.float32]] = []
     for batch, loss in _losses(model, objective, batches):
         total += cast(float, loss.total.item())
         weight += cast(float, loss.weight.item())
         if loss.places:
             used = np.array(batch.weights) > 0
-            marks.append(np.array(batch.marks[batch.positions])[used])
-            targets.append(np.array(batch.targets)[used])
-            losses.append(np.array((loss.places[0] / batch.weights).astype(mx.float32))[used])
-    mean = total / weight if weight else math.nan
-    if not losses:
-        return Measured(mean, math.nan, np.empty(0), np.empty(0))
-    totals, weights = _of_each(examples, np.concatenate(marks), np.concatenate(targets), np.concatenate(losses))
-    return Measured(mean, standard_error(totals, weights), totals, weights)
+            names.append(_places(np.array(batch.marks[batch.positions])[used], np.array(batch.targets)[used]))
+            found = mx.stack([(each / batch.weights).astype(mx.float32) for each in loss.places], axis=1)
+            values.append(np.array(found)[used])
+    if not values:
+        return total, weight, Places(np.empty(0, np.uint64), np.empty((0, 0), np.float32))
+    known, first = np.unique(np.concatenate(names), return_index=True)
+    return total, weight, Places(known, np.concatenate(values)[first])
 
 
 def _losses(model: nn.Module, objective: Objective, batches: Iterable[Batch]) -> Iterator[tuple[Batch, LossSum]]:
@@ -70,23 +103,6 @@ def _losses(model: nn.Module, objective: Objective, batches: Iterable[Batch]) ->
             yield batch, objective(model, batch)
     finally:
         model.train(was_training)
-
-
-def _of_each(
-    examples: Sequence[Example], marks: NDArray[np.uint64], targets: NDArray[np.int32], losses: NDArray[np.float32]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(loss, weight) of each example. What was read before a target names its place in every layout, and a place that
-    several examples share belongs to each of them."""
-    known, first = np.unique(_places(marks, targets), return_index=True)
-    losses = losses[first]
-    totals, weights = np.zeros(len(examples)), np.zeros(len(examples))
-    for number, example in enumerate(examples):
-        at = np.flatnonzero(example.weights[1:])
-        own = _places(histories(example.tokens[:-1])[at], example.tokens[1:][at])
-        each = example.weights[1:][at].astype(np.float64)
-        totals[number] = each @ losses[np.searchsorted(known, own)]
-        weights[number] = each.sum()
-    return totals, weights
 
 
 def _places(marks: NDArray[np.uint64], targets: NDArray[np.int32]) -> NDArray[np.uint64]:

@@ -16,7 +16,7 @@ from mlx_qlora.look.console import size
 from mlx_qlora.run.recorder import OF_PARTS
 
 NAME = "trace.json"
-_OUTSIDE = ("load", "tokenise", "evaluate", "save")  # phases that are no part of an update
+_OUTSIDE = ("load", "tokenise", "evaluate", "sample", "save")  # phases that are no part of an update
 _PHASES, _UPDATES = 1, 2  # the rows of the picture
 
 

@@ -13,8 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_qlora.model import frozen, lora, transforms
+from mlx_qlora.model import frozen, transforms
 from mlx_qlora.model.attention import copied
+from mlx_qlora.model.dropout import dropping
 
 TRUNK = "model"
 _LAYERS = f"{TRUNK}.layers."
@@ -23,29 +24,30 @@ _LAYERS = f"{TRUNK}.layers."
 _LOGITS = 1 << 23
 _LEAST_PLACES = 64
 
-LossOf = Callable[
-    ..., tuple[mx.array, mx.array]
-]  # (logits [S, V], arrays [S] ...) -> (losses [S], their sum's gradient [S, V])
+# (logits [S, V], arrays [S] ...) -> (losses [S], their sum's gradient [S, V], what else is to be known of each place [S] ...)
+LossOf = Callable[..., tuple[mx.array, ...]]
 
 
-def logits_of(language: nn.Module, hidden: mx.array) -> mx.array:
-    """Logits [..., V] of hidden states [..., D], by the model's own code."""
+def logits_of(language: nn.Module, hidden: mx.array, asked_for: set[str] | None = None) -> mx.array:
+    """Logits [..., V] of hidden states [..., D], by the model's own code; `asked_for` is told what of the trunk that uses."""
     stubbed = copied(language)
-    setattr(stubbed, TRUNK, _Given(language[TRUNK], hidden))
+    setattr(stubbed, TRUNK, _Given(language[TRUNK], hidden, set() if asked_for is None else asked_for))
     return stubbed(mx.zeros(hidden.shape[:2], mx.int32))  # type: ignore[no-any-return]
 
 
 class _Given:
     """Stands in for a trunk: returns hidden states, and is the trunk in everything else (tied embeddings)."""
 
-    def __init__(self, trunk: nn.Module, hidden: mx.array):
+    def __init__(self, trunk: nn.Module, hidden: mx.array, asked_for: set[str]):
         self._trunk = trunk
         self._hidden = hidden
+        self._asked_for = asked_for
 
     def __call__(self, *_: object, **__: object) -> mx.array:
         return self._hidden
 
     def __getattr__(self, name: str) -> Any:
+        self._asked_for.add(f"{TRUNK}.{name}")
         return getattr(self._trunk, name)
 
 
@@ -57,26 +59,33 @@ def places_at_once(vocabulary: int) -> int:
 def loss_in_chunks(
     language: nn.Module, hidden: mx.array, marks: mx.array, loss_of: LossOf, arrays: Sequence[mx.array], chunk: int = 0
 ) -> tuple[mx.array, tuple[mx.array, ...]]:
-    """(the loss summed over places, whose hidden states are [S, D]; out of training, that of each place, weighted).
+    """(the loss summed over places, whose hidden states are [S, D]; out of training, that of each place, weighted, and what
+    else `loss_of` says of it).
 
     In training mode the gradient with respect to the hidden states, and to what is trained in the head, is made while a
     chunk's logits are there; they are never kept.
     """
-    vocabulary = logits_of(language, hidden[None, :1]).shape[-1]  # from the shapes: nothing is computed
+    asked_for: set[str] = set()
+    vocabulary = logits_of(language, hidden[None, :1], asked_for).shape[-1]  # from the shapes: nothing is computed
     chunk = min(chunk or places_at_once(vocabulary), hidden.shape[0])
     dense = {path: twin for path, twin in frozen.dense_twins(language, chunk) if not path.startswith(_LAYERS)}
     language = _with(language, dense)
-    adapters = [layer for path, layer in lora.adapted(language) if not path.startswith(_LAYERS)]
-    # What is trained outside of the layers; a norm before the head belongs to the trunk, and has no gradient here.
+    droppers = [layer for path, layer in dropping(language) if not path.startswith(_LAYERS)]
+    # What is trained and used here: not the norm before the head, and of embeddings only those that are the head, too. The
+    # others would have gradients of zeros here, as large as they are, for each chunk.
     trainable: dict[str, mx.array] = tree_flatten(language.trainable_parameters(), destination={})  # type: ignore[assignment]
-    trained = {name: array for name, array in trainable.items() if not name.startswith(_LAYERS)}
+    trained = {
+        name: array
+        for name, array in trainable.items()
+        if not name.startswith(f"{TRUNK}.") or ".".join(name.split(".")[:2]) in asked_for - {f"{TRUNK}.layers"}
+    }
 
     def logits_from(start: int, own: mx.array, values: Sequence[mx.array]) -> mx.array:
-        for adapter in adapters:
-            adapter.set_marks(marks[start : start + own.shape[0]])
+        for dropper in droppers:
+            dropper.set_marks(marks[start : start + own.shape[0]])
         return logits_of(_with(language, dict(zip(trained, values, strict=True))), own[None])[0]
 
-    def loss_from(start: int, logits: mx.array) -> tuple[mx.array, mx.array]:
+    def loss_from(start: int, logits: mx.array) -> tuple[mx.array, ...]:
         return loss_of(logits, *(array[start : start + logits.shape[0]] for array in arrays))
 
     values = list(trained.values())
@@ -87,19 +96,22 @@ def loss_in_chunks(
 
 
 LogitsFrom = Callable[[int, mx.array, Sequence[mx.array]], mx.array]  # (first place, hidden states, what is trained)
-LossFrom = Callable[[int, mx.array], tuple[mx.array, mx.array]]  # (first place, logits)
+LossFrom = Callable[[int, mx.array], tuple[mx.array, ...]]  # (first place, logits)
 
 
 def _in_turn(
     logits_from: LogitsFrom, loss_from: LossFrom, starts: range, hidden: mx.array, values: Sequence[mx.array]
 ) -> tuple[mx.array, tuple[mx.array, ...]]:
     total = mx.array(0.0)
-    places: list[mx.array] = []
+    places: list[tuple[mx.array, ...]] = []
     for start in starts:
-        (states,) = mx.depends([hidden], [total])  # or the lazy graph would compute several chunks at once
-        places.append(loss_from(start, logits_from(start, states[start : start + starts.step], values))[0])
-        total = total + places[-1].sum()
-    return total, (mx.concatenate(places),)
+        # Or the lazy graph would compute several chunks at once, or keep the logits for what is asked of them later.
+        (states,) = mx.depends([hidden], [total])
+        losses, _, *more = loss_from(start, logits_from(start, states[start : start + starts.step], values))
+        places.append((losses, *more))
+        (losses,) = mx.depends([losses], more) if more else (losses,)
+        total = total + losses.sum()
+    return total, tuple(mx.concatenate(list(each)) for each in zip(*places, strict=True))
 
 
 def _one_pass(
@@ -109,7 +121,7 @@ def _one_pass(
         """(something whose gradient is the loss's, the loss). The first is asked for its gradient only, and so never
         computed: what is computed are the logits, the loss with its gradient, and the way back from there."""
         logits = logits_from(start, *variables)
-        loss, gradient = loss_from(start, mx.stop_gradient(logits))
+        loss, gradient, *_ = loss_from(start, mx.stop_gradient(logits))
         return (logits * gradient).sum(), loss.sum()
 
     @transforms.custom_function

@@ -463,7 +463,11 @@ def known_to_mlx_lm(config: dict[str, Any]) -> Finding:
 
     from mlx_lm.utils import _get_classes
 
+    from mlx_qlora.model import lstm
+
     kind, release = config["model_type"], version("mlx-lm")
+    if kind == lstm.MODEL_TYPE:
+        return ok("kind", f"{kind}: it is in {lstm.__name__}; mlx-lm by itself does not load it")
     try:
         made, _ = _get_classes(config)
     except Exception as error:  # of a module that is no model, whatever it raises

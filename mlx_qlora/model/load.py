@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_qlora.assets import EMBEDDED, embedded_model
 from mlx_qlora.errors import ModelError
-from mlx_qlora.model import backend, frozen, matmul, trust
+from mlx_qlora.model import backend, frozen, lstm, matmul, trust
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Loaded:
     config: dict[str, Any]
     name: str
     matmul: dict[str, int] = field(default_factory=dict)  # by shape: from how many rows on weights are dequantised
+    stored: mx.Dtype = mx.float32  # of its floating-point numbers, before they were made ready to compute here
 
     def __iter__(self) -> Iterator[Any]:
         yield self.model
@@ -47,17 +49,17 @@ def load(name: str, matmul: str = "auto", measured: Mapping[str, int] | None = N
     `matmul`: how its quantised weights are multiplied; see `MatmulConfig`. `measured`: what an earlier `Loaded.matmul`
     said, so that a run that goes on computes as before.
     """
-    import mlx_lm
+    from mlx_lm.utils import load_model
 
     folder = embedded_model() if name == EMBEDDED else _folder(name)
     try:
-        model, tokenizer, config = mlx_lm.load(
-            str(folder), trust.NO_CODE, lazy=True, return_config=True, **trust.without_code(mlx_lm.load)
-        )
+        model, config = load_model(folder, lazy=True, get_model_classes=classes_of, **trust.without_code(load_model))
+        tokenizer = _tokenizer_in(folder, config)
+        stored = _stored(model)
         chosen = _prepare(model, matmul, measured or {})
     except Exception as error:  # whatever a broken folder makes mlx-lm, transformers or MLX raise
         raise ModelError(f"{name}: this model can't be loaded: {_one_line(error)}") from error
-    return Loaded(model, tokenizer, config, name, chosen)
+    return Loaded(model, tokenizer, config, name, chosen, stored)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -89,7 +91,9 @@ def outline(name: str) -> Loaded:
         config = load_config(folder)
         complete = bool(list(folder.glob("model*.safetensors"))) and not trust.missing_weights(folder)
         if complete:
-            model, config = load_model(folder, lazy=True, strict=False, **trust.without_code(load_model))
+            model, config = load_model(
+                folder, lazy=True, strict=False, get_model_classes=classes_of, **trust.without_code(load_model)
+            )
         else:
             model = of_config(config)
         _adapt(model)
@@ -99,11 +103,19 @@ def outline(name: str) -> Loaded:
     return Loaded(model, None, config, name)
 
 
-def of_config(config: dict[str, Any]) -> nn.Module:
-    """A model as its config.json says, of arrays that nobody has computed."""
+def classes_of(config: dict[str, Any]) -> tuple[Any, Any]:
+    """(Model, ModelArgs) for a config.json: mlx-lm's, or those of the LSTM here."""
     from mlx_lm.utils import _get_classes
 
-    kind, arguments = _get_classes(config)
+    if config["model_type"] == lstm.MODEL_TYPE:
+        return lstm.Model, lstm.ModelArgs
+    kinds: tuple[Any, Any] = _get_classes(config)
+    return kinds
+
+
+def of_config(config: dict[str, Any]) -> nn.Module:
+    """A model as its config.json says, of arrays that nobody has computed."""
+    kind, arguments = classes_of(config)
     model: nn.Module = kind(arguments.from_dict(config))
     stored = mx.float32 if "float32" in str(config.get("torch_dtype", config.get("dtype"))) else mx.bfloat16
     model.set_dtype(stored)
@@ -121,8 +133,6 @@ def _quantisable(how: dict[str, Any], path: str, module: nn.Module) -> Any:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer alone, of a model or of a folder that has nothing else."""
-    from mlx_lm.utils import load_tokenizer as load_it
-
     if name == EMBEDDED:
         folder = embedded_model()
     else:
@@ -132,9 +142,27 @@ def load_tokenizer(name: str) -> Any:
     trust.check(folder)
     config = trust.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     try:
-        return load_it(folder, trust.NO_CODE, eos_token_ids=config.get("eos_token_id"))
+        return _tokenizer_in(folder, config)
     except Exception as error:  # whatever a broken folder makes mlx-lm or transformers raise
         raise ModelError(f"{name}: this tokenizer can't be loaded: {_one_line(error)}") from error
+
+
+def _tokenizer_in(folder: Path, config: dict[str, Any]) -> Any:
+    from mlx_lm.utils import load_tokenizer as load_it
+
+    known: dict[str, Any] = {}
+    if config.get("model_type") == lstm.MODEL_TYPE:  # a kind that transformers has never heard of, and would warn about
+        from transformers import PretrainedConfig
+
+        known["config"] = PretrainedConfig()
+    return load_it(folder, trust.NO_CODE | known, eos_token_ids=config.get("eos_token_id"))
+
+
+def as_loaded(tokenizer: Any) -> Any:
+    """A tokenizer of transformers as it is once it was saved and mlx-lm has loaded it."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return load_tokenizer(folder)
 
 
 @contextmanager
@@ -151,6 +179,16 @@ def _prepare(model: nn.Module, how: str, measured: Mapping[str, int]) -> dict[st
     _adapt(model)
     mx.eval(model.parameters())
     return matmul.install(model, how, measured=measured)
+
+
+def _stored(model: nn.Module) -> mx.Dtype:
+    """The dtype that most of a model's floating-point numbers have."""
+    sizes: dict[mx.Dtype, int] = {}
+    arrays: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+    for array in arrays.values():
+        if mx.issubdtype(array.dtype, mx.floating):
+            sizes[array.dtype] = sizes.get(array.dtype, 0) + array.size
+    return max(sizes, key=lambda dtype: sizes[dtype], default=mx.float32)
 
 
 def _adapt(model: nn.Module) -> None:

@@ -69,6 +69,12 @@ def custom_function(function: Callable[..., Any]) -> mx.custom_function:
     return cast(mx.custom_function, _Plain(function)) if _marks else mx.custom_function(function)
 
 
+def several(function: Callable[..., Any], outlined: Callable[..., Any]) -> mx.custom_function:
+    """A custom function that gives several arrays, none of them a sum of losses. While a step is traced, `outlined` stands
+    in for it, of the same sizes, and MLX differentiates that."""
+    return cast(mx.custom_function, _Alone(outlined)) if _marks else mx.custom_function(function)
+
+
 def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     if not _marks:
         return mx.checkpoint(function)
@@ -81,6 +87,19 @@ def checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(mx.depends(list(function(*own)), [end]))
 
     return marked
+
+
+class _Alone:
+    """A custom function without its gradient."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def vjp(self, rule: Callable[..., Any]) -> _Alone:
+        return self
+
+    def __call__(self, *inputs: mx.array) -> Any:
+        return self._function(*inputs)
 
 
 class _Plain:

@@ -16,8 +16,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_qlora.errors import ModelError
-from mlx_qlora.model import backend, lora, transforms
+from mlx_qlora.model import backend, transforms
 from mlx_qlora.model.attention import Packed, Prefixed, Recorder, can_unpack, copied, unpacking
+from mlx_qlora.model.dropout import Dropping, dropping
 from mlx_qlora.model.head import TRUNK, LossOf, logits_of, loss_in_chunks
 from mlx_qlora.records import Batch
 
@@ -44,16 +45,16 @@ PLAIN = Passage()
 def summed_loss(
     model: nn.Module, batch: Batch, loss_of: LossOf, arrays: Sequence[mx.array], passage: Passage = PLAIN
 ) -> tuple[mx.array, tuple[mx.array, ...], mx.array]:
-    """(the sum of what `loss_of(logits, *arrays)` says of each place of a batch, with its gradient; in evaluation, what it
-    said of each; what the head was given for it).
+    """(the sum of what `loss_of(logits, *arrays)` says of each place of a batch, with its gradient; in evaluation, all that
+    it said of each; what the head was given for it).
 
     A model that is not trunk-then-head runs whole, and the places are picked from its logits.
     """
     language = _language(model)
     if not _has_trunk(language):
         picked = _picked(model, batch)
-        losses = loss_of(picked, *arrays)[0]
-        return losses.sum(), () if model.training else (losses,), picked
+        losses, _, *more = loss_of(picked, *arrays)
+        return losses.sum(), () if model.training else (losses, *more), picked
     picked = hidden_states(model, batch, passage)[batch.positions]
     return *loss_in_chunks(language, picked, batch.marks[batch.positions], loss_of, arrays, passage.chunk), picked
 
@@ -64,14 +65,14 @@ def supervised_logits(model: nn.Module, batch: Batch, passage: Passage = PLAIN) 
     if not _has_trunk(language):
         return _picked(model, batch)
     marks, hidden = batch.marks[batch.positions], hidden_states(model, batch, passage)[batch.positions]
-    _mark([(path, layer) for path, layer in lora.adapted(language) if not path.startswith(f"{TRUNK}.{_LAYERS}.")], marks)
+    _mark([(path, layer) for path, layer in dropping(language) if not path.startswith(f"{TRUNK}.{_LAYERS}.")], marks)
     return logits_of(language, hidden[None])[0]
 
 
 def _picked(model: nn.Module, batch: Batch) -> mx.array:
     """The same of a model that runs whole."""
     _require_plain(batch)
-    _mark(lora.adapted(model), batch.marks)
+    _mark(dropping(model), batch.marks)
     logits = model(batch.rows)
     return logits.reshape(-1, logits.shape[-1])[batch.positions]  # type: ignore[no-any-return]
 
@@ -163,7 +164,7 @@ def _flat(trunk: nn.Module, batch: Batch, stub: Callable[[int, nn.Module], Any])
     """The trunk over the rows and their prefix, with other layers."""
     if _LAYERS not in trunk:
         _require_plain(batch)
-        _mark(lora.adapted(trunk), batch.marks)
+        _mark(dropping(trunk), batch.marks)
         return _joined_rows(trunk(batch.rows))
     layers = trunk[_LAYERS]
     stubs = [stub(number, layer) for number, layer in enumerate(layers)]
@@ -171,7 +172,10 @@ def _flat(trunk: nn.Module, batch: Batch, stub: Callable[[int, nn.Module], Any])
     dict.__setitem__(changed, _LAYERS, stubs)
     rows = batch.rows.size
 
+    outside = [(path, module) for path, module in dropping(trunk) if not path.startswith(f"{_LAYERS}.")]
+
     def run(tokens: mx.array, caches: Sequence[Any] | None, here: slice) -> Any:
+        _mark(outside, batch.marks[here])
         for one in stubs:
             one.begin(batch.marks[here], None if batch.states is None else batch.states[here])
         return changed(tokens, cache=caches)
@@ -191,9 +195,9 @@ def _joined_rows(hidden: mx.array) -> mx.array:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
-def _mark(adapters: Sequence[tuple[str, lora.LoRALinear]], marks: mx.array) -> None:
-    for _, adapter in adapters:
-        adapter.set_marks(marks)
+def _mark(modules: Sequence[tuple[str, Dropping]], marks: mx.array) -> None:
+    for _, module in modules:
+        module.set_marks(marks)
 
 
 class _Ours:
@@ -201,7 +205,7 @@ class _Ours:
 
     def __init__(self, layer: nn.Module, passage: Passage, number: int):
         self._layer, self._passage, self._number = layer, passage, number
-        self._adapters = lora.adapted(layer)
+        self._dropping = dropping(layer)
         self._marks: mx.array | None = None
         self._states: mx.array | None = None
 
@@ -230,8 +234,8 @@ class _Ours:
             def put(each: Any) -> Any:
                 return local if each is cache else each
 
-            for _, adapter in self._adapters:  # here, because checkpointing comes by again later
-                adapter.set_marks(marks)
+            if marks is not None:
+                _mark(self._dropping, marks)  # here, because checkpointing comes by again later
             layer = unpacking(self._layer, local) if isinstance(local, Packed) else self._layer
             kept = local.kept if local else []
             hidden = layer(x, *map(put, args), **{name: put(each) for name, each in kwargs.items()})

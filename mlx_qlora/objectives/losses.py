@@ -42,6 +42,11 @@ def cross_entropy_and_gradient(
     return losses_S, mx.where(weights_S1 == 0, 0.0, weights_S1 * (probabilities_SV - wanted_SV))
 
 
+def correct(logits_SV: mx.array, targets_S: mx.array, weights_S: mx.array) -> mx.array:
+    """The weight of each place whose target is the likeliest token, 0 elsewhere. Of equally likely ones the first counts."""
+    return mx.where(logits_SV.argmax(axis=-1) == targets_S, weights_S.astype(mx.float32), 0.0)
+
+
 def next_token_cross_entropy(
     logits_BLV: mx.array, tokens_BL: mx.array, weights_BL: mx.array | None = None, label_smoothing: float = 0.0
 ) -> LossSum:

@@ -112,6 +112,21 @@ def write_lines(path: Path, values: Sequence[Any]) -> None:
     write_atomically(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
+def append_lines(path: Path, values: Sequence[Any]) -> None:
+    """Whole lines at the end of a file, or none: what a full disk took of them is taken away again."""
+    raw = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values).encode("utf-8", "replace")
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        before = os.fstat(file).st_size
+        try:
+            write_all(file, raw)
+        except OSError:
+            os.ftruncate(file, before)
+            raise
+    finally:
+        os.close(file)
+
+
 def remove_folder(folder: Path) -> None:
     """Take a folder away at once: under another name first, so that nobody takes what is left of it for a whole one."""
     going = folder.with_name(f".{folder.name}.going")

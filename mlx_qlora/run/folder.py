@@ -8,14 +8,14 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_qlora.errors import RunFolderError
+from mlx_qlora.records import Delivered
 from mlx_qlora.run import checkpoint, disk
 
 LOCK = ".lock"
@@ -23,6 +23,7 @@ LOCK = ".lock"
 _OWN_FILES = (
     "config.yaml", "training_metrics.jsonl", "training_metrics.json", "training_metrics.csv", "training_summary.json",
     "training_state.json", "answers.jsonl", "data_account.json", "chat_template.jinja", "trackers.json",
+    "samples.jsonl",
 )  # fmt: skip
 # What is made of a run afterwards: it goes away with the run, and alone is none.
 _MADE_OF_IT = (
@@ -31,7 +32,9 @@ _MADE_OF_IT = (
 )  # fmt: skip
 # What says how earlier starts of a run ended: it stays when a run begins anew of itself.
 _OF_ALL_STARTS = ("supervision.jsonl",)
-_OWN_FOLDERS = ("adapters", "bad_updates", "tensorboard")
+_OWN_FOLDERS = ("adapters", "model", "bad_updates", "tensorboard")
+# What was trained, where it is in a run: adapters, or a whole model.
+_DELIVERED = ("adapters/adapters.safetensors", "model/model.safetensors")
 
 
 def check_free(folder: Path, *, overwrite: bool = False, resume: bool = False) -> None:
@@ -131,8 +134,8 @@ def _holder(folder: Path) -> str:
     return "its process is not known"
 
 
-def clear(folder: Path, of_all_starts: bool = True) -> None:
-    """Take an earlier run's files away."""
+def clear(folder: Path, of_all_starts: bool = True, begin: Sequence[str] = ()) -> None:
+    """Take an earlier run's files away; `begin`: empty folders that the new one begins with."""
     try:
         for name in (*_OWN_FILES, *_MADE_OF_IT, *(_OF_ALL_STARTS if of_all_starts else ())):
             (folder / name).unlink(missing_ok=True)
@@ -143,21 +146,56 @@ def clear(folder: Path, of_all_starts: bool = True) -> None:
         for each in checkpoint.there(folder):
             disk.remove_folder(each)
         checkpoint.sweep(folder)
-        (folder / "adapters").mkdir(parents=True)
+        for name in begin:
+            (folder / name).mkdir(parents=True)
     except OSError as error:
         raise RunFolderError(f"output_dir: {folder} can't be written: {error.strerror}. Name another folder.") from error
 
 
-def save_adapters(folder: Path, arrays: Mapping[str, mx.array], adapter_config: Mapping[str, Any]) -> None:
-    """`adapters/` as mlx-lm loads it. The new weights replace the old ones in one step."""
-    adapters = folder / "adapters"
-    adapters.mkdir(exist_ok=True)
-    disk.write_json(adapters / "adapter_config.json", adapter_config)
-    disk.write_atomically(adapters / "adapters.safetensors", checkpoint.serialized(arrays))
+def delivered(folder: Path) -> Path | None:
+    """The file with what a run has trained; None: there is none yet."""
+    return next((folder / file for file in _DELIVERED if (folder / file).is_file()), None)
 
 
-def load_adapters(folder: Path) -> dict[str, mx.array]:
-    """The arrays in `adapters/`."""
-    path = folder / "adapters" / "adapters.safetensors"
-    arrays: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+def deliver(folder: Path, what: Delivered) -> None:
+    """Put what was trained into the folder of a run, as others load it. New weights replace the old ones in one step; what
+    lies beside them is the same in all of a run."""
+    file = folder / what.file
+    if not file.parent.exists():
+        _deliver_whole(folder, what)
+        return
+    for name, content in what.beside.items():
+        if not _holds(file.parent / name, content):
+            disk.write_atomically(file.parent / name, content)
+    disk.write_atomically(file, checkpoint.serialized(what.arrays))
+
+
+def _deliver_whole(folder: Path, what: Delivered) -> None:
+    """The first time: nobody meets a folder with something missing."""
+    file = folder / what.file
+    making = folder / f".{file.parent.name}.tmp"
+    shutil.rmtree(making, ignore_errors=True)
+    try:
+        making.mkdir(parents=True)
+        for name, content in what.beside.items():
+            disk.write_flushed(making / name, content)
+        disk.write_flushed(making / file.name, checkpoint.serialized(what.arrays))
+        disk.flush_folder(making)
+        os.rename(making, file.parent)
+        disk.flush_folder(folder)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.read_bytes() == content
+    except OSError:
+        return False
+
+
+def load_delivered(file: Path) -> dict[str, mx.array]:
+    """The arrays of such a file."""
+    arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
     return arrays

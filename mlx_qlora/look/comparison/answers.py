@@ -85,7 +85,9 @@ def _evaluated(line: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str,
 
 
 def _trained(line: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    tuned, base = (asdict(score([(str(line.get(name, "")), str(line.get("expected", "")))])) for name in ("tuned", "base"))
+    tuned, base = (
+        asdict(score([(str(line[name]), str(line.get("expected", "")))])) if name in line else {} for name in ("tuned", "base")
+    )
     return tuned, base
 
 

@@ -46,6 +46,8 @@ class Run:
 
     def figure(self, name: str) -> float:
         """One of training_summary.json, or while there is none, the same of the lines so far."""
+        if name in ("tokens_seen", "passes", "tokens_per_parameter"):
+            return number(self.history.exposure.get(name))
         if name in self.history.summary:
             return number(self.history.summary[name])
         lines = self.history.lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mlx_qlora.findings import size
@@ -14,6 +15,7 @@ from mlx_qlora.look.comparison.judgement import Judgement
 from mlx_qlora.look.comparison.statistics import Difference, Interval
 from mlx_qlora.look.comparison.verdict import p_text
 from mlx_qlora.look.evaluation.scores import title
+from mlx_qlora.look.exposure import rough, short
 from mlx_qlora.look.gap import grade
 from mlx_qlora.look.history import number
 from mlx_qlora.run.watchdog import duration
@@ -48,6 +50,7 @@ def rows(contenders: Sequence[Contender], judgements: Sequence[Judgement]) -> li
         *_validation(contenders),
         *_scores(contenders),
         *_against(judgements),
+        *_exposure(contenders),
         *_work(contenders),
     ]
     return [row for row in found if any(cell.text for cell in row.cells)]
@@ -135,9 +138,17 @@ def _scores(contenders: Sequence[Contender]) -> Iterator[Row]:
         if name == names[0]:
             base = tuple(_figure(each.mean(_base(name)).value, ".3f") for each in contenders)
             yield Row("answers", f"{title(name)} before", f"{name}_base", base)
-    for name, label in (("loss", "evaluated loss"), ("perplexity", "perplexity")):
+    for name, label in _EVALUATED.items():
         cells = tuple(_between(_reported(each, name)) for each in contenders)
         yield Row("answers", label, f"evaluated_{name}", cells)
+
+
+_EVALUATED = {
+    "loss": "evaluated loss",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+    "next_token_accuracy": "next-token accuracy",
+}
 
 
 def _base(name: str) -> Callable[[Run], float]:
@@ -182,6 +193,21 @@ def _compared(section: str, label: str, key: str, found: Sequence[Difference | N
     ]
     yield Row(section, label, f"{key}_difference", (Cell("baseline"), *differences))
     yield Row(section, f"{label}, p", f"{key}_p", (Cell(), *ps))
+
+
+# What it saw
+
+
+def _exposure(contenders: Sequence[Contender]) -> Iterator[Row]:
+    """What makes runs with other epochs, windows and batches comparable."""
+    for name, label, form in (
+        ("tokens_seen", "tokens", rough),
+        ("passes", "passes over each token", short),
+        ("tokens_per_parameter", "per trained parameter", short),
+    ):
+        values = [each.mean(partial(Run.figure, name=name)).value for each in contenders]
+        cells = (Cell(form(value), value) if math.isfinite(value) else Cell() for value in values)
+        yield Row("tokens seen", label, name, tuple(cells))
 
 
 # What it took

@@ -10,6 +10,8 @@ from mlx_qlora.look.comparison.answers import EVALUATED, TRAINED
 from mlx_qlora.look.comparison.contender import Contender, Run
 from mlx_qlora.look.comparison.judgement import Judgement
 from mlx_qlora.look.evaluation.scores import title
+from mlx_qlora.look.exposure import rough, times
+from mlx_qlora.run.folder import delivered
 
 
 def notes(contenders: Sequence[Contender], judgements: Sequence[Judgement], score: str) -> list[str]:
@@ -20,6 +22,7 @@ def notes(contenders: Sequence[Contender], judgements: Sequence[Judgement], scor
         *_going_on(runs),
         *_missing(contenders, judgements),
         *_chance(contenders, judgements, score),
+        *_exposure(contenders),
         *_data(contenders),
         *_answers(runs),
         *_speed(runs),
@@ -88,6 +91,23 @@ def _chance(contenders: Sequence[Contender], judgements: Sequence[Judgement], sc
         yield f"{title(score)}: paired by question; intervals by bootstrap over questions, p by flipping signs"
 
 
+_MUCH = 2.0  # times as many tokens seen are worth a word
+
+
+def _exposure(contenders: Sequence[Contender]) -> Iterator[str]:
+    """Before anything else is made out as the reason of a difference."""
+    seen = {each.name: each.mean(lambda run: run.figure("tokens_seen")).value for each in contenders}
+    known = {name: tokens for name, tokens in seen.items() if tokens > 0}
+    if not known:
+        return
+    least, most = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+    if known[most] >= _MUCH * known[least]:
+        yield (
+            f"{least} has seen {times(known[most] / known[least])} fewer tokens than {most} ({rough(known[least])} against "
+            f"{rough(known[most])}): that may be all the difference; mlx-qlora plan says how to see as many"
+        )
+
+
 def _data(contenders: Sequence[Contender]) -> Iterator[str]:
     digests = {
         str(run.size("train").get("digest") or "")
@@ -118,7 +138,7 @@ def _answers(runs: Sequence[Run]) -> Iterator[str]:
             yield f"{run.name}: {lines} of {run.answers.file} can't be read and {'is' if lines == '1 line' else 'are'} left out"
         if _evaluated_before(run):
             again = f"mlx-qlora evaluate --run {run.history.folder} measures it anew"
-            yield f"{run.name}: what evaluate has left in it is of other adapters than those that are in it now; {again}"
+            yield f"{run.name}: what evaluate has left in it is of other weights than those that are in it now; {again}"
     files = {run.answers.file for run in runs if run.answers.file}
     limits = {repr(_longest(run)) for run in runs if run.answers.file}
     if files == {EVALUATED, TRAINED}:
@@ -129,10 +149,10 @@ def _answers(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _evaluated_before(run: Run) -> bool:
-    """Whether a run was evaluated and then went on to better adapters."""
-    settings, adapters = run.answers.report.get("settings"), run.history.folder / "adapters" / "adapters.safetensors"
+    """Whether a run was evaluated and then went on to better weights."""
+    settings, weights = run.answers.report.get("settings"), delivered(run.history.folder)
     before = settings.get("adapters_sha256") if isinstance(settings, dict) else None
-    return bool(before) and adapters.is_file() and hashlib.sha256(adapters.read_bytes()).hexdigest() != before
+    return bool(before) and weights is not None and hashlib.sha256(weights.read_bytes()).hexdigest() != before
 
 
 def _longest(run: Run) -> Any:

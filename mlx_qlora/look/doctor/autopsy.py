@@ -26,6 +26,7 @@ from mlx_qlora.look.doctor.causes import (
     ended,
 )
 from mlx_qlora.look.doctor.evidence import Evidence, gather, short_of_memory, step_of
+from mlx_qlora.run.folder import delivered
 from mlx_qlora.run.recorder import Record, alive, silent_s
 from mlx_qlora.run.watchdog import CRASH, STALLED, duration
 
@@ -127,7 +128,8 @@ def _told(found: Evidence, finding: Finding) -> Iterator[str]:
     yield from _fact("doubt", *([finding.doubt] if finding.doubt else []))
     yield from _fact("restarts", *_restarts(found))
     if done:
-        yield from _fact("adapters", str(found.folder / "adapters"))
+        kept = delivered(found.folder) or found.folder / "adapters" / "adapters.safetensors"
+        yield from _fact(kept.parent.name, str(kept.parent))
         return
     yield from _fact("saved", _saved(found))
     yield from _tries(*_remedies(found, finding.cause))

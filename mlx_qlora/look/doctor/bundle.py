@@ -32,9 +32,12 @@ _WORDS = frozenset(
         "ended", "phase", "how", "reason", "device", "python", "platform", "time", "shape", "kind", "layout", "compile",
         "grade", "grade_at_best", "grade_of_mean", "optimizer", "schedule", "matmul", "trunk_cache", "train_on", "truncation",
         "malformed", "format", "grad_checkpoint", "checkpointing", "targets", "signal", "mode", "event", "report_to",
+        "windows", "overlap", "architecture", "fine_tune_type", "precision", "decay",
     }
 )  # fmt: skip
-_PATHS = frozenset({"model", "data", "output_dir", "config", "resume", "trunk_cache_dir", "data_cache", "teacher"})
+_PATHS = frozenset(
+    {"model", "data", "output_dir", "config", "resume", "trunk_cache_dir", "data_cache", "teacher", "preset", "tokenizer"}
+)
 _DATA = frozenset({"fields", "chat_template", "system", "rows", "text", "prompt", "tokens_text", "questions_text"})
 _IDENTITY = frozenset({"host", "boot", "pid_space", "process_start", "user"})
 _NUMBERS = ("nan", "inf", "-inf")
@@ -59,8 +62,8 @@ _OWN_WORDS = frozenset(
     re.findall(
         r"\w+",
         "no progress for thread threads of python could run which usually takes update part parts x tokens rows row positions "
-        "start load tokenise batch forward loss backward accumulate evaluate save optimizer memory mlx at most kept by the "
-        "process left on this machine in all shape budget s ms min h mb gb",
+        "start load tokenise batch forward loss backward accumulate evaluate sample save optimizer memory mlx at most kept by "
+        "the process left on this machine in all shape budget s ms min h mb gb",
     )
 )
 _THREAD = re.compile(r"^thread [\w-]{1,40}$")

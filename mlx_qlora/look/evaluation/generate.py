@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ import mlx.nn as nn
 from mlx_qlora.data.render import Question
 from mlx_qlora.engine.room import Room
 from mlx_qlora.look.evaluation.scores import exact_match, token_f1
-from mlx_qlora.model import lora
 from mlx_qlora.model.trunk import can_share
 
 
@@ -24,7 +23,7 @@ class Answered:
     id: str
     question: str
     expected: str
-    base: str
+    base: str | None  # None: there was none
     tuned: str
 
 
@@ -54,22 +53,18 @@ _TURNS = 4  # so many times as many questions are handed over together: what wai
 _WORTH = 16  # a shorter beginning is not worth a pass of its own
 
 
-def ask_both(model: nn.Module, tokenizer: Any, questions: Sequence[Question], max_tokens: int) -> list[Answered]:
-    """The answers of the model with its adapters and without them, each word the likeliest one."""
+def ask_both(
+    model: nn.Module,
+    base: AbstractContextManager[nn.Module | None],
+    tokenizer: Any,
+    questions: Sequence[Question],
+    max_tokens: int,
+) -> list[Answered]:
+    """The answers of the tuned model and, if there is one, of its base, each word the likeliest one."""
     tuned = generate_answers(model, tokenizer, questions, max_tokens)
-    with without_adapters(model):
-        base = generate_answers(model, tokenizer, questions, max_tokens)
-    return [Answered(q.id, q.text, q.expected, b, t) for q, b, t in zip(questions, base, tuned, strict=True)]
-
-
-@contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model, while inside."""
-    adapters = lora.detach(model)
-    try:
-        yield
-    finally:
-        lora.reattach(model, adapters)
+    with base as before:
+        told = generate_answers(before, tokenizer, questions, max_tokens) if before else [None] * len(questions)
+    return [Answered(q.id, q.text, q.expected, b, t) for q, b, t in zip(questions, told, tuned, strict=True)]
 
 
 def generate_answers(model: nn.Module, tokenizer: Any, questions: Sequence[Question], max_tokens: int) -> list[str]:
@@ -109,9 +104,9 @@ def generate(
             return
         rows = _rows(prompts, left, how, _BUDGET >> halvings)
         now = left[: rows * _TURNS]
-        for place, text in _answers(model, tokenizer, [prompts[each][begin:] for each in now], cache, how, rows):
+        for place, tokens in continuations(model, tokenizer, [prompts[each][begin:] for each in now], cache, how, rows):
             done.add(now[place])
-            tell({now[place]: text})
+            tell({now[place]: tokenizer.decode(tokens).strip()})
 
     while len(done) < len(waiting):
         room.within(answer)
@@ -128,10 +123,10 @@ def _rows(prompts: Sequence[Sequence[int]], waiting: Sequence[int], how: Asking,
     return rows
 
 
-def _answers(
+def continuations(
     model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], cache: list[Any] | None, how: Asking, rows: int
-) -> Iterator[tuple[int, str]]:
-    """(number of the prompt, answer) as they come to an end."""
+) -> Iterator[tuple[int, list[int]]]:
+    """(number of the prompt, tokens of its answer) as they come to an end; `rows` at once."""
     from mlx_lm.generate import BatchGenerator
     from mlx_lm.sample_utils import make_sampler
 
@@ -151,7 +146,7 @@ def _answers(
                 if one.finish_reason != "stop":
                     tokens[one.uid].append(one.token)
                 if one.finish_reason is not None:
-                    yield numbers[one.uid], tokenizer.decode(tokens[one.uid]).strip()
+                    yield numbers[one.uid], tokens[one.uid]
     finally:
         generator.close()
 

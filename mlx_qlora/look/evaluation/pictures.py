@@ -53,7 +53,7 @@ def _scores(found: Evaluation) -> Any:
     heights = [len(panel) for panel in panels]
     figure = _figure(8, 1.5 + 0.55 * sum(heights) + 0.5 * (len(panels) - 1))
     axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
-    own = "fine-tuned" if found.adapters else "model"
+    own = found.title
     for each, panel in zip(axes, panels, strict=True):
         for row, score in enumerate(panel.values()):
             if score.base is not None:
@@ -100,7 +100,7 @@ def _point(axes: Any, one: Estimate, y: float, colour: str, marker: str, label: 
 def _confusion(found: Evaluation) -> Any:
     """Rows are what was expected, columns what was answered; a panel for the base model, where it was asked."""
     panels = [(BASE, "base model")] if found.compares else []
-    panels += [(TUNED, "fine-tuned" if found.adapters else "model")]
+    panels += [(TUNED, found.title)]
     count = len(found.labels)
     size = max(2.6, 0.42 * (count + 1))
     figure = _figure(1.6 + (size + 0.6) * len(panels), 1.3 + size)

@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_qlora.look.evaluation.bootstrap import Estimate, Statistic, difference_of, estimates, mean_of
 from mlx_qlora.look.evaluation.labels import Classified, classified
+from mlx_qlora.look.evaluation.perplexity import OfText
 from mlx_qlora.look.evaluation.scores import Named, mean, title
 from mlx_qlora.look.gap import SURE
 from mlx_qlora.look.measure import Measured, standard_error
@@ -91,10 +92,28 @@ class Evaluation:
     notes: tuple[str, ...] = ()
     examples: tuple[tuple[str, str], ...] = ()  # (id, digest of tokens and weights) of those that the losses are of
     harness: dict[str, Any] = field(default_factory=dict)
+    text: dict[str, Any] | None = None  # where the data is raw text: how it was read, and how much
+    of_text: dict[str, OfText] = field(default_factory=dict)  # of TUNED and BASE
+    base: str = ""  # the model that it was made of in full
+
+    @property
+    def title(self) -> str:
+        """What to call the model that was asked about."""
+        return "fine-tuned" if self.adapters or self.base else "model"
 
     @property
     def compares(self) -> bool:
         return self.base_loss is not None
+
+    @property
+    def of_tokens(self) -> dict[str, dict[str, Measured]]:
+        """What raw text says besides the loss, by name and model."""
+        found: dict[str, dict[str, Measured]] = {}
+        for which, each in self.of_text.items():
+            if each.bits_per_byte is not None:
+                found.setdefault("bits_per_byte", {})[which] = each.bits_per_byte
+            found.setdefault("next_token_accuracy", {})[which] = each.accuracy
+        return found
 
     @cached_property
     def scores(self) -> dict[str, Compared]:
@@ -146,6 +165,7 @@ class Evaluation:
         return {
             "model": self.model,
             "adapters": self.adapters or None,
+            "base": self.base or None,
             "data": self.data,
             "split": self.split,
             "rows": self.rows,
@@ -155,6 +175,8 @@ class Evaluation:
             "loss_difference": base and loss_json(loss_difference(self.loss, base)),
             "perplexity": perplexity_json(self.loss),
             "base_perplexity": base and perplexity_json(base),
+            **self._of_tokens(),
+            "text": self.text,
             "scores": {
                 name: {which: each.to_json() for which, each in score.columns().items()} for name, score in self.scores.items()
             },
@@ -168,6 +190,14 @@ class Evaluation:
             "settings": self.settings,
             "versions": self.versions,
         }
+
+    def _of_tokens(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, of in self.of_tokens.items():
+            base = of.get(BASE)
+            found[name], found[f"base_{name}"] = loss_json(of[TUNED]), base and loss_json(base)
+            found[f"{name}_difference"] = base and loss_json(loss_difference(of[TUNED], base))
+        return found
 
     def _classes(self, which: str) -> dict[str, Any] | None:
         if not self.labels:
@@ -227,7 +257,7 @@ def _table(found: Evaluation) -> str:
     written = io.StringIO()
     writer = csv.writer(written, lineterminator="\n")
     writer.writerow(("score", "model", "value", "low", "high", "n"))
-    own = TUNED if found.adapters else "model"
+    own = TUNED if found.title == "fine-tuned" else "model"
     losses = [(own, found.loss)]
     if found.base_loss:
         losses += [(BASE, found.base_loss), (DIFFERENCE, loss_difference(found.loss, found.base_loss))]
@@ -235,6 +265,10 @@ def _table(found: Evaluation) -> str:
         writer.writerow(("loss", which, *_plain(loss_bounds(loss)), len(loss.totals)))
     for which, loss in losses[:2]:
         writer.writerow(("perplexity", which, *_plain(perplexity_json(loss).values()), len(loss.totals)))
+    for name, of in found.of_tokens.items():
+        rows = {own: of[TUNED]} | ({BASE: of[BASE], DIFFERENCE: loss_difference(of[TUNED], of[BASE])} if BASE in of else {})
+        for which, one in rows.items():
+            writer.writerow((name, which, *_plain(loss_bounds(one)), len(one.totals)))
     for name, score in found.scores.items():
         for which, each in score.columns().items():
             writer.writerow((name, own if which == TUNED else which, *_plain((each.value, each.low, each.high)), each.n))

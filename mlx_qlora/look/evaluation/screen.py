@@ -20,7 +20,7 @@ _WIDEST = 110  # further than that, eyes lose the line
 def told(found: Evaluation) -> Iterator[str]:
     """The lines."""
     yield ""
-    yield from _losses(found)
+    yield from _text(found) if found.text else _losses(found)
     if found.scores:
         yield ""
         yield from _scores(found)
@@ -39,7 +39,7 @@ def _losses(found: Evaluation) -> Iterator[str]:
     examples = f"on {_counted(len(found.loss.totals), 'example')}"
     if found.base_loss is None:
         yield f"{examples:<23}{'loss':>17}   {'perplexity':>10}"
-        yield f"{'fine-tuned' if found.adapters else 'model':<23}{_loss(found.loss)}"
+        yield f"{found.title:<23}{_loss(found.loss)}"
         return
     difference = loss_difference(found.loss, found.base_loss)
     yield f"{examples:<23}{'loss':>17}   {'perplexity':>10}"
@@ -48,6 +48,38 @@ def _losses(found: Evaluation) -> Iterator[str]:
     _, low, high = loss_bounds(difference)
     noise = "   within noise" if low <= 0 <= high else ""
     yield f"{'difference':<23}{difference.mean:>+8.4f}{_error(difference)}{noise}"
+
+
+def _text(found: Evaluation) -> Iterator[str]:
+    """A line a measure: the model, or base, fine-tuned, and how far they are apart."""
+    assert found.text is not None, "it is of raw text"
+    models = [each for each in (found.base_loss, found.loss) if each is not None]
+    heads = ["base model", "fine-tuned", "difference"] if found.compares else ["fine-tuned" if found.adapters else "model"]
+    yield _columns(f"on {_counted(found.text['documents'], 'document')}", heads)
+    yield _measured("loss, nats a token", models)
+    perplexities = [perplexity_json(each) for each in models]
+    yield _columns("perplexity", [_short(each["value"]) for each in perplexities])
+    if all(math.isfinite(each["low"]) for each in perplexities):
+        yield _columns("  95 % interval", [f"{_short(each['low'])} to {_short(each['high'])}" for each in perplexities])
+    for name, of in found.of_tokens.items():
+        yield _measured(_TITLES[name], [of[which] for which in (BASE, TUNED) if which in of])
+
+
+_TITLES = {"bits_per_byte": "bits per byte", "next_token_accuracy": "next-token accuracy"}
+
+
+def _columns(title: str, cells: list[str]) -> str:
+    return (f"{title:<21}" + "".join(f"  {cell:<18}" for cell in cells)).rstrip()
+
+
+def _measured(title: str, models: list[Measured]) -> str:
+    cells, noise = [f"{each.mean:.4f}{_error(each).rstrip()}" for each in models], ""
+    if len(models) == 2:
+        difference = loss_difference(models[1], models[0])
+        _, low, high = loss_bounds(difference)
+        cells.append(f"{difference.mean:+.4f}{_error(difference).rstrip()}")
+        noise = "  within noise" if low <= 0 <= high else ""
+    return _columns(title, cells) + noise
 
 
 def _loss(loss: Measured) -> str:
@@ -66,7 +98,7 @@ def _scores(found: Evaluation) -> Iterator[str]:
     questions = f"to {_counted(len(found.predictions), 'question')}"
     width = max(18, *(len(score.title) for score in found.scores.values()))
     if not found.compares:
-        yield f"{questions:<{width}} {'n':>6} {'fine-tuned' if found.adapters else 'model':>10}   95 % interval"
+        yield f"{questions:<{width}} {'n':>6} {found.title:>10}   95 % interval"
         for score in found.scores.values():
             one = score.tuned
             yield f"{score.title:<{width}} {one.n:>6,} {_value(one.value):>10}   {_interval(one.low, one.high)}"
@@ -112,7 +144,7 @@ def _harness(found: Evaluation) -> Iterator[str]:
     if not found.harness:
         return
     base: dict[str, Any] = found.harness.get(BASE, {})
-    yield f"{'lm-evaluation-harness':<40} {'base':>8} {'fine-tuned' if found.adapters else 'model':>10}"
+    yield f"{'lm-evaluation-harness':<40} {'base':>8} {found.title:>10}"
     for task, values in found.harness[TUNED].items():
         for name, value in values.items():
             metric, comma, filtered = name.partition(",")
@@ -149,8 +181,18 @@ def _notes(found: Evaluation) -> Iterator[str]:
         notes.append(f"fewer than {FEW} questions: intervals of so few are narrower than they should be")
     if any(math.isnan(each.low) for score in found.scores.values() for each in score.columns().values() if each.n > 1):
         notes.append("where every question scored the same there is no interval: drawn again they tell nothing of others")
-    if not found.predictions and found.settings.get("questions") != 0:
+    if found.text:
+        notes += _notes_of_text(found, found.text)
+    elif not found.predictions and found.settings.get("questions") != 0:
         notes.append("none of the rows is a question with an answer, so there is nothing to score but the loss")
     width = min(_WIDEST, max(40, shutil.get_terminal_size().columns)) - 1
     for note in notes:
         yield from textwrap.wrap(note, width, initial_indent="note      ", subsequent_indent=" " * 10)
+
+
+def _notes_of_text(found: Evaluation, text: dict[str, Any]) -> Iterator[str]:
+    if text["intervals_by"] == "window":
+        of = _counted(text["documents"], "document")
+        yield f"{of}: intervals are by window, and say how sure this is of such text as that, and little of other texts"
+    if text["bytes"] is None:
+        yield "no bits per byte: not all of the text is trained, or its tokens do not weigh the same"

@@ -32,6 +32,7 @@ _DOING = {
     "update": "applying",
     "evaluate": "validating after",
     "save": "saving after",
+    "sample": "writing samples after",
 }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mlx_qlora.look.console import size
+from mlx_qlora.look.exposure import rough, short
 from mlx_qlora.look.gap import SURE, gap_text, grade
 from mlx_qlora.look.history import History, number
 from mlx_qlora.look.pages import drawings, sections
@@ -92,9 +93,11 @@ _PARTS = {
     "Validations": sections.validations,
     "Evaluation": sections.evaluation,
     "Before and after": sections.samples,
+    "Samples": sections.written,
+    "Tokens seen": sections.exposure,
     "Data": sections.data,
     "Configuration": sections.configuration,
-    "Using the adapters": sections.usage,
+    "Using it": sections.usage,
     "How the run went": sections.course,
     "Versions and machine": sections.machine,
 }
@@ -111,7 +114,7 @@ def verdict(history: History) -> Iterator[str]:
     error = f" ± {SURE * report.val_loss_se:.3f}" if math.isfinite(report.val_loss_se) else ""
     yield (
         f"The best validation loss was {report.val_loss:.4f}{error}, at update {report.step:,} (epoch {epoch:.2f}); "
-        "the adapters that are kept are from there."
+        "the weights that are kept are from there."
     )
     if math.isfinite(gap.at_best):
         sure = ", and smaller than its own error, so it may as well be none" if gap.within_error_at_best else ""
@@ -148,6 +151,9 @@ def cards(history: History) -> str:
             found.append(("perplexity there", f"{math.exp(report.val_loss):.2f}", "choices a token"))
         value, _, error = gap_text(report.gap, report.gap_se).partition(" ")
         found.append(("gap there", value, f"{error}{',' if error else ''} {grade(report.gap)}"))
+    if math.isfinite(tokens := number(history.exposure.get("tokens_seen"))):
+        passes = number(history.exposure.get("passes"))
+        found.append(("tokens seen", rough(tokens), f"{short(passes)} passes" if math.isfinite(passes) else ""))
     speed, memory = _of(history, "tokens_per_second"), _of(history, "peak_memory_gb")
     found.append(("speed", f"{figure(speed, ',.0f')} tok/s", took(history)))
     found.append(("peak memory", _memory(memory), safe(summary.get("device") or "")))
@@ -200,6 +206,7 @@ def _side_by_side(histories: Sequence[History], names: Sequence[str]) -> str:
             f"<b>{loss} ★</b>" if lowest else loss,
             f"{report.step:,} ({epoch:.2f})" if report else "–",
             f"{gap_text(report.gap, report.gap_se)}<br>{grade(report.gap)}" if report else "–",
+            _seen(history),
             figure(_of(history, "tokens_per_second"), ",.0f"),
             _memory(_of(history, "peak_memory_gb")),
             took(history) or "–",
@@ -212,6 +219,7 @@ def _side_by_side(histories: Sequence[History], names: Sequence[str]) -> str:
         "best validation loss",
         "at update (epoch)",
         "gap there",
+        "tokens seen",
         "tok/s",
         "memory",
         "time",
@@ -219,6 +227,11 @@ def _side_by_side(histories: Sequence[History], names: Sequence[str]) -> str:
     )
     note = '<p class="soft">★ the lowest. Losses can be compared where data, template and tokenizer are the same.</p>'
     return table(heads, rows, "small") + note
+
+
+def _seen(history: History) -> str:
+    tokens = number(history.exposure.get("tokens_seen"))
+    return rough(tokens) if math.isfinite(tokens) else "–"
 
 
 def _differences(histories: Sequence[History], names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ from mlx_qlora.assets import EMBEDDED, embedded_model
 from mlx_qlora.data.audit import Audit
 from mlx_qlora.files import json_lines, json_object
 from mlx_qlora.look.account import parts
-from mlx_qlora.look.console import duration
+from mlx_qlora.look.console import duration, mlx_lm_loads
 from mlx_qlora.look.evaluation.scores import title
+from mlx_qlora.look.exposure import human, short
 from mlx_qlora.look.gap import gap_text, grade
 from mlx_qlora.look.history import History, number
 from mlx_qlora.look.pages.page import cut, figure, listing, safe, table
+from mlx_qlora.look.samples import NAME as SAMPLES
+from mlx_qlora.run.folder import delivered
 from mlx_qlora.run.supervise import NAME as SUPERVISION
 
 _SAMPLES = 5  # answers that are shown at once
@@ -37,6 +40,7 @@ class Told:
     answers: Sequence[Mapping[str, Any]]  # predictions.jsonl, or answers.jsonl in its shape
     starts: Sequence[Mapping[str, Any]]  # supervision.jsonl: how earlier starts ended
     bad_updates: Sequence[str]
+    samples: Sequence[Mapping[str, Any]] = ()  # samples.jsonl
 
     @property
     def folder(self) -> Path:
@@ -53,7 +57,13 @@ def tell(history: History, defaults: Mapping[str, Any]) -> Told:
     except OSError:
         bad = []
     return Told(
-        history, defaults, json_object(folder / "evaluation_report.json"), answers, json_lines(folder / SUPERVISION), bad
+        history,
+        defaults,
+        json_object(folder / "evaluation_report.json"),
+        answers,
+        json_lines(folder / SUPERVISION),
+        bad,
+        json_lines(folder / SAMPLES),
     )
 
 
@@ -81,12 +91,16 @@ def evaluation(run: Told) -> Iterator[str]:
         return
     count = found.get("questions")
     asked = f"{figure(count, ',')} question{'' if count == 1 else 's'}" if "questions" in found else ""
-    about = [asked, _text(found, "split")]
+    text = found.get("text")
+    about = [_read(text) if isinstance(text, Mapping) else asked, _text(found, "split")]
     yield f"<p>{safe(', '.join(filter(None, [*about, _text(found, 'data')])))}. Intervals are of 95 %.</p>"
     rows = [
         ["loss", *(_interval(found.get(of), ".4f") for of in ("base_loss", "loss")), _difference(found.get("loss_difference"))],
         ["perplexity", _interval(found.get("base_perplexity"), ",.6g"), _interval(found.get("perplexity"), ",.6g"), ""],
     ]
+    for name, said in (("bits_per_byte", "bits per byte"), ("next_token_accuracy", "next-token accuracy")):
+        own = [_interval(found.get(of), ".4f") for of in (f"base_{name}", name)]
+        rows.append([said, *own, _difference(found.get(f"{name}_difference"))])
     scores = found.get("scores")
     for name, each in (scores if isinstance(scores, Mapping) else {}).items():
         each = each if isinstance(each, Mapping) else {}
@@ -107,6 +121,13 @@ def evaluation(run: Told) -> Iterator[str]:
     if shown := [by_id[each] for each in ids if each in by_id]:
         yield "<h3>The worst answers</h3>"
         yield from map(_sample, shown)
+
+
+def _read(text: Mapping[str, Any]) -> str:
+    """How raw text was read."""
+    tokens, windows, window, stride = (figure(text.get(name), ",") for name in ("tokens", "windows", "window", "stride"))
+    by = f", intervals by {text['intervals_by']}" if isinstance(text.get("intervals_by"), str) else ""
+    return f"{tokens} tokens, each scored once, in {windows} windows of {window}, stride {stride}{by}"
 
 
 def _text(found: Mapping[str, Any], name: str) -> str:
@@ -132,6 +153,20 @@ def _difference(value: Any) -> str:
 def _figures(value: Any, names: Sequence[str]) -> list[str]:
     found = [value.get(name) if isinstance(value, Mapping) else None for name in names]
     return [figure(each, "," if isinstance(each, int) else ".3g") for each in found]
+
+
+def written(run: Told) -> Iterator[str]:
+    """What the model wrote while it was trained: at first, halfway, and at last."""
+    steps = list(dict.fromkeys(line["step"] for line in run.samples if isinstance(line.get("step"), int)))
+    for step in dict.fromkeys(steps[place] for place in (0, len(steps) // 2, -1) if steps):
+        yield f"<h3>After update {step:,}</h3>"
+        for line in run.samples:
+            if line.get("step") == step:
+                texts = {"given": str(line.get("prompt") or ""), "written": str(line.get("text") or "")}
+                pieces = "".join(f"<dt>{name}</dt><dd>{cut(text)}</dd>" for name, text in texts.items() if text)
+                yield f'<div class="example"><dl>{pieces}</dl></div>'
+    if len(steps) > 3:
+        yield f"<p>{len(steps):,} times in all: {SAMPLES}.</p>"
 
 
 def samples(run: Told) -> Iterator[str]:
@@ -160,6 +195,34 @@ def _scored(line: Mapping[str, Any]) -> str:
 
 
 # What it was made of
+
+
+def exposure(run: Told) -> Iterator[str]:
+    """What was planned to be seen, and what was."""
+    found = run.history.exposure
+    planned = found.get("planned")
+    plan = planned if isinstance(planned, Mapping) else {}
+    rows = []
+    for name, label, form in _SEEN:
+        pair = [number(each.get(name)) for each in (plan, found)]
+        if any(map(math.isfinite, pair)):
+            rows.append([label, *(form(each) if math.isfinite(each) else "–" for each in pair)])
+    if not rows:
+        return
+    yield table(("", "planned", "seen"), rows)
+    if math.isfinite(number(plan.get("window"))):
+        window, stride, count = (figure(plan.get(name), ",") for name in ("window", "stride", "windows"))
+        counts = {"each": "counts in each window", "once": "counts once"}.get(str(plan.get("overlap")), "")
+        yield f"<p>An epoch has {count} windows of {window} tokens, with a stride of {stride}; what overlaps {counts}.</p>"
+
+
+_SEEN: Sequence[tuple[str, str, Callable[[float], str]]] = (
+    ("tokens_seen", "tokens", human),
+    ("supervised_tokens_seen", "of them trained", human),
+    ("passes", "passes over each token", short),
+    ("updates", "updates", human),
+    ("tokens_per_parameter", "tokens for each trained parameter", short),
+)
 
 
 def data(run: Told) -> Iterator[str]:
@@ -193,26 +256,32 @@ def plain(value: Any) -> str:
 
 
 def usage(run: Told) -> Iterator[str]:
-    adapters = run.folder / "adapters"
-    if not (adapters / "adapters.safetensors").exists():
+    kept = delivered(run.folder)
+    if kept is None or not mlx_lm_loads(kept.parent):
         return
+    best, whole = kept.parent, kept.parent.name == "model"
     name = str(run.history.settings.get("model") or run.history.summary.get("model") or "MODEL")
     here = embedded_model() if name == EMBEDDED else Path(name).expanduser()
     model = str(here.resolve()) if here.is_dir() else name
     question = str(run.answers[0].get("question")) if run.answers else "..."
-    given = f"--model {shlex.quote(model)} {_NEXT}--adapter-path {shlex.quote(str(adapters))} {_NEXT}"
+    own = shlex.quote(str(best))
+    given = f"--model {own} {_NEXT}" if whole else f"--model {shlex.quote(model)} {_NEXT}--adapter-path {own} {_NEXT}"
+    loaded = f"load({str(best)!r})" if whole else f"load(\n    {model!r},\n    adapter_path={str(best)!r},\n)"
     code = (
         "from mlx_lm import generate, load\n\n"
-        f"model, tokenizer = load(\n    {model!r},\n    adapter_path={str(adapters)!r},\n)\n"
+        f"model, tokenizer = {loaded}\n"
         f"messages = [{{'role': 'user', 'content': {_brief(question)!r}}}]\n"
         "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)\n"
         "print(generate(model, tokenizer, prompt))"
     )
     yield _copy("A question", f"mlx_lm.generate {given}--prompt {shlex.quote(_brief(question))}")
     yield _copy("From Python", code)
-    fused = shlex.quote(str(run.folder / "fused"))
-    yield _copy("One model of both, which needs no adapters", f"mlx_lm.fuse {given}--save-path {fused}")
-    if (run.folder / "chat_template.jinja").exists():
+    made = shlex.quote(str(run.folder / ("quantised" if whole else "fused")))
+    if whole:
+        yield _copy("The same with 4 bits a weight", f"mlx_lm.convert --hf-path {own} {_NEXT}-q --mlx-path {made}")
+    else:
+        yield _copy("One model of both, which needs no adapters", f"mlx_lm.fuse {given}--save-path {made}")
+    if not whole and (run.folder / "chat_template.jinja").exists():
         yield "<p>It was trained with the chat_template.jinja in its folder; put that beside the model's tokenizer.</p>"
 
 

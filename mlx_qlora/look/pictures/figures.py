@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "DARK", "LIGHT", "PICTURE", "THEMES", "Theme", "names_of", "panel", "png", "require_matplotlib", "results",
+    "DARK", "LIGHT", "PICTURE", "THEMES", "Theme", "names_of", "over_tokens", "panel", "png", "require_matplotlib", "results",
     "save", "svg", "themed",
 ]  # fmt: skip
 
@@ -60,17 +60,29 @@ def results(histories: Sequence[History], theme: Theme = LIGHT) -> Figure:
     return figure
 
 
-def panel(histories: Sequence[History], name: str, theme: Theme = LIGHT, inches: tuple[float, float] = (6.0, 3.0)) -> Figure:
-    """One of `PANELS` alone."""
+def over_tokens(histories: Sequence[History], theme: Theme = LIGHT) -> Figure:
+    """Losses over the tokens that were read, and not over updates, which may be of any size."""
+    return panel([each.over_tokens for each in histories], "loss", theme, (11.0, 5.5), "tokens", 120)
+
+
+def panel(
+    histories: Sequence[History],
+    name: str,
+    theme: Theme = LIGHT,
+    inches: tuple[float, float] = (6.0, 3.0),
+    counted: str = "update",
+    dots: int = _POINTS,
+) -> Figure:
+    """One of `PANELS` alone, over updates or what else its lines count by."""
     from matplotlib.figure import Figure
 
     width, height = inches
     with themed(theme):
-        figure = Figure(figsize=inches, dpi=_POINTS)
+        figure = Figure(figsize=inches, dpi=dots)
         left, right = 0.66, 0.64 if name == "gap" or (name == "loss" and width > NARROW) else 0.16
         top, bottom = (0.55, 0.42 + LEGEND_ROW * legend_rows(len(histories), width)) if name == "loss" else (0.33, 0.42)
         axes = figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
-        _draw(axes, name, histories, theme)
+        _draw(axes, name, histories, theme, counted)
     return figure
 
 
@@ -127,7 +139,7 @@ def _short(name: str, most: int = 48) -> str:
     return name if len(name) <= most else "…" + name[1 - most :]
 
 
-def _draw(axes: Axes, name: str, histories: Sequence[History], theme: Theme) -> None:
+def _draw(axes: Axes, name: str, histories: Sequence[History], theme: Theme, counted: str = "update") -> None:
     title, draw = PANELS[name]
     names = names_of(histories)
     alone = len(histories) == 1
@@ -140,7 +152,7 @@ def _draw(axes: Axes, name: str, histories: Sequence[History], theme: Theme) -> 
     _ticks(axes.xaxis, "{:,.0f}", whole=True)
     if name in _TICKS:
         _ticks(axes.yaxis, _TICKS[name])
-    axes.set_xlabel("update", fontsize=8, labelpad=1)
+    axes.set_xlabel(counted, fontsize=8, labelpad=1)
     if name == "loss" and (per_epoch := _updates_per_epoch(histories)):
         above = axes.secondary_xaxis("top", functions=(_times(1 / per_epoch), _times(per_epoch)))
         above.spines["top"].set_visible(False)
