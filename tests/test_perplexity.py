@@ -19,6 +19,7 @@ import pytest
 from conftest import make_examples, same_bytes, tiny_model
 from mlx.utils import tree_map
 
+from mlx_qlora.assets import embedded_data
 from mlx_qlora.commands import main
 from mlx_qlora.commands.evaluate import _defaults, _windows
 from mlx_qlora.config import RunConfig
@@ -32,7 +33,7 @@ from mlx_qlora.data.windows import WindowConfig
 from mlx_qlora.engine.room import Room
 from mlx_qlora.evaluating import _documents, _unknown
 from mlx_qlora.look.evaluation.perplexity import Document, OfText, Strided, Text
-from mlx_qlora.model.load import Loaded
+from mlx_qlora.model.load import Loaded, load_tokenizer
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.records import Example
 
@@ -232,6 +233,28 @@ def test_a_run_is_evaluated_on_the_text_that_it_was_not_trained_on(documents: in
         assert tokens[:65].tolist() == own[0].tokens.tolist()
         assert tokens[-65:].tolist() == own[len(own) - 1].tokens.tolist()
         assert None not in [each.size for each in _documents(part)]
+
+
+def test_chats_that_were_trained_as_windows_are_evaluated_where_none_of_their_tokens_was_trained(tmp_path: Path) -> None:
+    """Few rows: training held out the end of their tokens, and cut a row in two."""
+    lines = (embedded_data() / "train.jsonl").read_text(encoding="utf-8").splitlines()[:9]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    run = RunConfig(
+        model="embedded", data=str(tmp_path), data_cache="off", max_seq_length=300, windows="on", validation_share=0.4
+    )
+    source, render, tokenizer = run.part(SourceConfig), run.part(RenderConfig), load_tokenizer("embedded")
+    corpus = gather(source, render, tokenizer, 5, windows=run.part(WindowConfig))
+    assert corpus.windows is not None
+    ruler = _windows(run)
+    train, valid = (
+        [each.id for each in open_part(find(source), source, render, tokenizer, 5, name, ruler=ruler).examples]
+        for name in ("train", "valid")
+    )
+    (stream,), made = corpus.windows.streams, corpus.sets["train"]
+    edges = [0, *np.cumsum(made.lengths).tolist()]
+    assert train == [made.id(number) for number in range(9) if edges[number + 1] <= stream.end]
+    assert valid == [made.id(number) for number in range(9) if edges[number] >= stream.end]
+    assert (len(train) + len(valid), len(valid) > 1) == (8, True), "one is cut in two"
 
 
 def test_unknown_letters_are_said() -> None:

@@ -121,13 +121,19 @@ def open_part(
     trained = made if as_trained == own else prepared(stored, as_trained)[1]
     said = f"split off from training (seed {seed})" if wanted == "valid" else "without those that are split off for validation"
     in_part: set[str] = set()
-    if ruler and texts:
+    if ruler:
         for_train, for_valid, drawn = split_text(trained, ruler, config.validation_share, seed)
-        streams = for_valid if wanted == "valid" else for_train
-        examples = [example for each in streams for example in each.texts()]
+        streams, others = (for_valid, for_train) if wanted == "valid" else (for_train, for_valid)
         in_part.update(*(each.in_part for each in streams))
         if drawn is None:
             said = "the end of the text, which is not trained" if wanted == "valid" else "the text without its end"
+        if texts:
+            examples = [example for each in streams for example in each.texts()]
+        else:  # what half a chat answers can't be asked
+            ids = _rows(streams) - _rows(others) - set(map(row_of, in_part))
+            examples = [example for each in made for example in iterate(each) if row_of(example.id) in ids]
+        if not examples:
+            raise DataError(f"{', '.join(config.sources)}: {said}, and no row lies wholly there. Name rows with --data.")
     else:
         parts = [split_off(each, config.validation_share, seed) for each in trained]
         chosen = [valid if wanted == "valid" else train for train, valid, _ in parts]
@@ -139,6 +145,11 @@ def open_part(
 
 def _first_of(there: Sequence[str], otherwise: Split) -> Split:
     return "test" if "test" in there else "valid" if "valid" in there else otherwise
+
+
+def _rows(streams: Sequence[Stream]) -> set[str]:
+    """The rows of which something lies in these streams."""
+    return {row_of(example.id) for each in streams for example in each.texts()}
 
 
 def _examples(made: Prepared, texts: bool) -> Iterator[Example]:
