@@ -21,13 +21,10 @@ from mlx_qlora.errors import ConfigError, DataError, MlxQloraError, ModelError
 from mlx_qlora.look import exposure as words
 from mlx_qlora.look.exposure import Other
 from mlx_qlora.look.history import History, number, read_history
-from mlx_qlora.model.create import CreateConfig, create
+from mlx_qlora.model.create import PRESETS, CreateConfig, create
 from mlx_qlora.model.full import FullConfig
 from mlx_qlora.model.load import load_tokenizer, outline
 from mlx_qlora.model.trained import begin
-
-# About how many parameters the presets have, to name one that a text is enough for.
-PRESETS = {"tiny": 2_000_000, "20m": 20_000_000, "110m": 110_000_000, "400m": 400_000_000}
 
 
 def amount(corpus: Corpus) -> Amount | None:

@@ -16,7 +16,8 @@ from mlx_qlora.errors import ConfigError, ModelError, require
 from mlx_qlora.model import backend, full, lstm, trust
 from mlx_qlora.model.load import Loaded, classes_of
 
-PRESETS = ("tiny", "20m", "110m", "400m")
+# About how many parameters each has.
+PRESETS = {"tiny": 2_000_000, "20m": 20_000_000, "110m": 110_000_000, "400m": 400_000_000}
 
 
 @dataclass(frozen=True)
