@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import tyro
@@ -209,7 +211,7 @@ def _exposed(
     else:
         console.say("\nexposure" if config.model or config.preset else "exposure")
         for name, figure in [*block(exposure, from_nothing(config)), *_cost(exposure, asked, pace)]:
-            console.say(f"  {name:<28} {figure}")
+            console.say(_fitted(f"  {name:<28} {figure}", 31))
     said = warnings(config, exposure)
     if beyond is not None and exposure.tokens_seen is not None:
         sentence, less = compared(exposure, beyond)
@@ -218,14 +220,24 @@ def _exposed(
             console.say(line)
         said += [sentence] if less else []
         if not less:
-            console.say(f"  {sentence}")
+            console.say(_fitted(f"  {sentence}", 2))
     if said:
         console.say()
     for each in said:
-        console.say(f"WARNING: {each}")
+        console.say(_fitted(f"WARNING: {each}", 9))
     if config.model or config.preset:
         console.say()
     return said
+
+
+def _fitted(text: str, indent: int) -> str:
+    """A line as wide as the terminal, and what is left of it below; into a file or a pipe it goes whole."""
+    if not sys.stdout.isatty():
+        return text
+    width = max(indent + 20, shutil.get_terminal_size().columns)
+    return fill(
+        text, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
 
 
 def _cost(exposure: Exposure, asked: _Asked, pace: Pace | None) -> list[tuple[str, str]]:
