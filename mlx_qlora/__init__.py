@@ -15,6 +15,7 @@ preload_blas()  # before anything imports MLX
 
 if TYPE_CHECKING:
     from mlx_qlora.config import RunConfig
+    from mlx_qlora.data.chain import ChainConfig
     from mlx_qlora.engine.accumulate import GradientAccumulator
     from mlx_qlora.engine.stopping import EarlyStoppingConfig, EarlyStoppingMonitor
     from mlx_qlora.look.comparison.compare import compare
@@ -24,11 +25,14 @@ if TYPE_CHECKING:
     from mlx_qlora.model.lora import LoraConfig, dropout_keys
     from mlx_qlora.model.lora import attach as attach_lora
     from mlx_qlora.model.trunk import supervised_logits
+    from mlx_qlora.objectives.distill import DistillConfig
     from mlx_qlora.objectives.losses import next_token_cross_entropy
     from mlx_qlora.train import run as train
 
 # name: where it lives, and as what. Imported when first asked for, so that `mlx-qlora --help` need not wait for MLX.
 _PUBLIC = {
+    "ChainConfig": ("mlx_qlora.data.chain", "ChainConfig"),
+    "DistillConfig": ("mlx_qlora.objectives.distill", "DistillConfig"),
     "EarlyStoppingConfig": ("mlx_qlora.engine.stopping", "EarlyStoppingConfig"),
     "EarlyStoppingMonitor": ("mlx_qlora.engine.stopping", "EarlyStoppingMonitor"),
     "GradientAccumulator": ("mlx_qlora.engine.accumulate", "GradientAccumulator"),
@@ -46,6 +50,8 @@ _PUBLIC = {
     "train": ("mlx_qlora.train", "run"),
 }
 __all__ = [
+    "ChainConfig",
+    "DistillConfig",
     "EarlyStoppingConfig",
     "EarlyStoppingMonitor",
     "GradientAccumulator",

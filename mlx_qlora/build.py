@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_qlora.config import RunConfig
+from mlx_qlora.config import RunConfig, flat
 from mlx_qlora.data.audit import audit
 from mlx_qlora.data.corpus import Corpus, gather
 from mlx_qlora.data.exposure import Exposure
@@ -30,16 +30,18 @@ from mlx_qlora.engine.steps import Engine, Enter, Objective
 from mlx_qlora.errors import ConfigError, ResumeError
 from mlx_qlora.look.console import Console
 from mlx_qlora.look.exposure import brief
+from mlx_qlora.look.teaching import doubts
 from mlx_qlora.model import backend, lora
 from mlx_qlora.model.activations import KeptTrunk, TrunkCacheConfig, first_kept, open_kept
 from mlx_qlora.model.create import CreateConfig, create, describe, wanted_vocabulary
 from mlx_qlora.model.full import FullConfig, model_files
 from mlx_qlora.model.load import Loaded, as_loaded, fingerprint, load, load_tokenizer
 from mlx_qlora.model.trained import Trained, begin, of_vocabulary
+from mlx_qlora.objectives.lesson import answers_only
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.outlook import planned, warnings
 from mlx_qlora.plan import Plan, checked, choose
-from mlx_qlora.records import BEGIN, Batch, Example, TrainState, Update
+from mlx_qlora.records import BEGIN, START, Batch, Example, TrainState, Update
 from mlx_qlora.resume import (
     as_before,
     computing,
@@ -53,6 +55,7 @@ from mlx_qlora.run import checkpoint as checkpoints
 from mlx_qlora.run import disk
 from mlx_qlora.run import folder as run_folder
 from mlx_qlora.run.checkpoint import Checkpoint
+from mlx_qlora.teaching import Teaching, epochs_of, open_teaching
 
 MODEL = "model"  # the folder in a run's own where a model lies of which all was trained
 LOOK_AT = 2000  # examples that are compared with each other before training; `mlx-qlora data` takes more
@@ -66,7 +69,8 @@ class Ready:
     loaded: Loaded
     trained: Trained
     folder: Path
-    objective: Objective
+    objective: Objective  # of training
+    judge: Objective  # of validation: the cross-entropy, whatever is trained, so that runs can be compared
     plan: Plan
     optim: OptimConfig
     total: int
@@ -76,6 +80,8 @@ class Ready:
     corpus: Corpus
     exposure: Exposure
     kept: KeptTrunk | None
+    teaching: Teaching | None
+    epochs: float  # that it will have, part of one where max_steps ends it
     cache: int | None  # bytes of freed buffers that MLX may keep
     facts: dict[str, Any]  # what a checkpoint is compared by
     checkpoint: Checkpoint | None  # where it goes on
@@ -93,10 +99,17 @@ class Ready:
     def layout(self, halvings: int = 0) -> Layout:
         return smaller(self.plan.layout, halvings)
 
-    def lay_out(self, examples: Sequence[Example], halvings: int = 0) -> tuple[Batch, ...]:
-        """Batches, with what the layers below the adapters give, where that is kept."""
-        batches = lay_out(examples, self.layout(halvings))
-        return tuple(self.kept.batches(batches)) if self.kept else batches
+    def lay_out(self, update: Update, halvings: int = 0) -> tuple[Batch, ...]:
+        """An update's batches, with what the layers below the adapters give, where that is kept, and what a teacher says."""
+        return self._completed(lay_out(update.examples, self.layout(halvings)), update)
+
+    def _completed(self, batches: tuple[Batch, ...], update: Update) -> tuple[Batch, ...]:
+        batches = tuple(self.kept.batches(batches)) if self.kept else batches
+        if self.teaching is None:
+            return batches
+        if self.corpus.train is None:  # a stream: its epoch is how often all of it was read before
+            return self.teaching.told(batches, update.epoch + 1, update.done)
+        return self.teaching.told(batches, update.epoch, update.epoch / self.epochs)
 
     def updates(self, state: TrainState = BEGIN, room: Room | None = None) -> Iterator[Update]:
         """The updates that are still to be made."""
@@ -104,15 +117,16 @@ class Ready:
         batch, layout = self.config.part(BatchConfig), self.layout(state.halvings)
         coming = self.corpus.updates(batch, layout, self.config.epochs, state.next)
         left = islice(coming, max(0, self.total - state.step))
-        return (self._attached(update, state.halvings, room) for update in left) if self.kept else left
+        if not (self.kept or self.teaching):
+            return left
+        counted = (replace(update, done=step / self.total) for step, update in enumerate(left, state.step + 1))
+        return (self._attached(update, state.halvings, room) for update in counted)
 
     def _attached(self, update: Update, laid_for: int, room: Room) -> Update:
-        """With what the layers below the adapters give. They are computed while the update before is, and memory may end."""
-        kept = self.kept
-        assert kept is not None
+        """With what is to be known beside them. It may be computed while the update before is, and memory may end."""
 
         def batches(halvings: int) -> tuple[Batch, ...]:
-            return tuple(kept.batches(update.batches)) if halvings == laid_for else self.lay_out(update.examples, halvings)
+            return self._completed(update.batches, update) if halvings == laid_for else self.lay_out(update, halvings)
 
         return replace(update, batches=room.within(batches))
 
@@ -131,8 +145,13 @@ class Ready:
             compiled=self.plan.compiled,
             computes_in=self.trained.computes_in,
             lay_out=self.lay_out,
-            rehearse=() if self.plan.roomy else tuple(self.corpus.longest(self.config.examples_per_update)),
+            rehearse=None if self.plan.roomy else self._longest(),
         )
+
+    def _longest(self) -> Update | None:
+        """An update of the longest examples, of which a cache of logits need not know."""
+        examples = tuple(self.corpus.longest(self.config.examples_per_update))
+        return Update((), 0.0, examples, 0, 0, START) if examples else None
 
 
 def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
@@ -152,6 +171,10 @@ def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
     trained = begin(loaded, config.lora, config.part(FullConfig), seed=config.seed, base=config.model)
     _require_vocabulary(optim_config, loaded.model)
     console.fact(trained.name, *trained.describe)
+    kept_way = found.state["computing"].get("teacher_matmul") if found else None
+    teaching = open_teaching(config, loaded, measured=kept_way)
+    if teaching:
+        console.fact("teacher", *teaching.describe, *doubts(flat(config.plain())))
     mx.eval(loaded.model.parameters())
     enter("tokenise")
     corpus = gather(
@@ -166,9 +189,11 @@ def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
     )
     account = audit(corpus, look_at=LOOK_AT)
     console.account(account)
+    if teaching:
+        teaching.meet(corpus)
     data_digest = corpus.digest()
     if found:
-        require_same(found, model_digest, data_digest, config)
+        require_same(found, model_digest, data_digest, config, teaching.digest if teaching else "")
 
     enter("plan")
     total, per_epoch = _length(config, corpus, batch)
@@ -178,9 +203,12 @@ def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
     exposure = planned(config, corpus, trained.trainable, trained.total)
     console.exposure(brief(exposure, config.max_seq_length), warnings(config, exposure))
     keeping = config.part(TrunkCacheConfig)
-    plan = choose(chosen, loaded.model, corpus, first=first_kept(keeping, loaded.model))
+    lesson = teaching.lesson(config.label_smoothing) if teaching else answers_only(config.label_smoothing)
+    plan = choose(chosen, loaded.model, corpus, first=first_kept(keeping, loaded.model), lesson=lesson)
     sample = corpus.train_sample()
     plan = checked(plan, loaded.model, sft(config.label_smoothing, plan.passage), sample)
+    if lesson.teacher:
+        plan = checked(plan, lesson.teacher, sft(), sample)
     kept = open_kept(keeping, loaded.model, config.model, plan.passage.first)
     console.layout(plan.describe, plan.notes)
     if plan.memory:
@@ -202,7 +230,8 @@ def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
         loaded=loaded,
         trained=trained,
         folder=folder,
-        objective=sft(config.label_smoothing, plan.passage),
+        objective=lesson.objective(plan.passage, lesson.teacher),
+        judge=sft(config.label_smoothing, plan.passage),
         plan=plan,
         optim=optim_config,
         total=total,
@@ -212,12 +241,15 @@ def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
         corpus=corpus,
         exposure=exposure,
         kept=kept,
+        teaching=teaching,
+        epochs=epochs_of(total, per_epoch, config.epochs),
         cache=plan.cache(config.part(MemoryConfig).limit(backend.memory())),
         facts={
             "config": _as_kept(config).plain(),
-            "computing": computing(plan, loaded.matmul),
+            "computing": computing(plan, loaded.matmul) | ({"teacher_matmul": dict(teaching.matmul)} if teaching else {}),
             "model": model_digest,
             "data": data_digest,
+            "teacher": teaching.digest if teaching else "",
             "versions": versions(),
             "planned_steps": total,
         },

@@ -23,6 +23,7 @@ import tyro
 import yaml
 
 from mlx_qlora.assets import demo_config
+from mlx_qlora.data.chain import ChainConfig
 from mlx_qlora.data.layout import BatchConfig, LayoutConfig
 from mlx_qlora.data.render import RenderConfig
 from mlx_qlora.data.sources import SourceConfig
@@ -41,9 +42,13 @@ from mlx_qlora.model.create import CreateConfig
 from mlx_qlora.model.full import FullConfig
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.matmul import MatmulConfig
+from mlx_qlora.objectives.distill import DistillConfig
 from mlx_qlora.run.checkpoint import CheckpointConfig
 
 Part = TypeVar("Part")
+SEEDS = "seeds.yaml"  # the settings of a run with several seeds, in its output_dir
+_SEEDS = "different whole numbers from 0, as in 42,123,456,"
+_DIGITS = 9  # at most, of a seed in a list
 _BY_VALUE = (tyro.conf.EnumChoicesFromValues,)
 
 
@@ -52,7 +57,7 @@ class WholeRun:
     """What concerns no single part."""
 
     model: str = ""
-    """A folder that mlx-lm can load, a model of the hub as owner/name, or: embedded."""
+    """A folder that mlx-lm can load, a model of the hub as owner/name, or: embedded, embedded-teacher."""
     output_dir: str = ""
     """The folder of the run; made if it is not there."""
     overwrite: bool = False
@@ -71,6 +76,11 @@ class WholeRun:
     """Say when each phase of each update begins and ends, with time and memory, and write trace.json for Perfetto."""
     seed: int = 0
     """For the order of the data, the adapters' start, and dropout."""
+    seeds: tuple[str, ...] = ()
+    """Train and evaluate once for each of these, as 42,123,456, into seed_42 and so on in output_dir; then their mean."""
+    seeds_evaluate: tuple[str, ...] = ()
+    """What evaluate is told after each of them, as split=test questions=200; or: off. Without it the rows of test, or else of
+    valid, with max_answer_tokens."""
     epochs: int = 3
     """How often each example is seen."""
     max_steps: int | None = None
@@ -88,6 +98,7 @@ class WholeRun:
         smoothing, every, most, stall = self.label_smoothing, self.eval_every, self.max_steps, self.stall_after_s
         require(
             (self.seed >= 0, "seed", self.seed, "a whole number from 0"),
+            (not self.seeds or bool(self.each_seed), "seeds", ",".join(self.seeds), _SEEDS),
             (self.epochs >= 1, "epochs", self.epochs, "a whole number from 1"),
             (most is None or most >= 1, "max_steps", most, "a whole number from 1"),
             (every is None or every >= 1, "eval_every", every, "a whole number from 1"),
@@ -98,6 +109,13 @@ class WholeRun:
             (stall is None or stall > 0, "stall_after_s", stall, "a number above 0"),
             (not (self.overwrite and self.resume), "overwrite", True, "false with resume"),
         )
+
+    @property
+    def each_seed(self) -> tuple[int, ...]:
+        """Of `seeds`; empty where they are none, or not what they should be."""
+        texts = [text for each in self.seeds for text in each.replace(",", " ").split()]
+        found = tuple(int(text) for text in texts if text.isdecimal() and text.isascii() and len(text) <= _DIGITS)
+        return found if len(found) == len(texts) == len(set(found)) else ()
 
 
 @dataclass(frozen=True)
@@ -125,6 +143,7 @@ class RunConfig(
 
     lora: LoraConfig = field(default_factory=LoraConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
         with all_problems() as check:
@@ -186,9 +205,10 @@ class RunConfig(
                 f"dropout: {self.dropout:g} came with fine_tune_type lora, which it does not touch. Adapters have "
                 "--lora.dropout; or train every parameter with --fine-tune-type full."
             )
-        if self.fine_tune_type == "full" and (asked := flat({"lora": _plain(asdict(self.lora))})) != _UNASKED:
-            name = next(name for name, value in asked.items() if value != _UNASKED[name])
-            raise ConfigError(f"{name}: {asked[name]} came, and all of the model is trained, without adapters. Leave it out.")
+        if self.fine_tune_type == "full" and (lora := _asked({"lora": _plain(asdict(self.lora))}, _UNASKED)):
+            raise ConfigError(f"{lora[0]}: {lora[1]} came, and all of the model is trained, without adapters. Leave it out.")
+        if self.chain.kind == "off" and (asked := _asked({"chain": _plain(asdict(self.chain))}, _NO_CHAIN)):
+            raise ConfigError(f"{asked[0]}: {asked[1]!r} came without chain.kind. Say cascod or step_by_step, or leave it out.")
         if lost := [name for name in ("tokenizer", "vocab_size") if getattr(self, name) and not self.preset]:
             raise ConfigError(f"{lost[0]}: {getattr(self, lost[0])!r} came without preset; a model that is loaded has its own.")
 
@@ -212,6 +232,11 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         whole |= {f"{name}.{key}": each for key, each in value.items()} if name in _GROUPS else {name: value}
     return whole
+
+
+def _asked(values: Mapping[str, Any], unasked: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """The first setting, by its dotted name, that is not what it is where nothing was said."""
+    return next((each for each in flat(values).items() if each[1] != unasked[each[0]]), None)
 
 
 def _plain(value: Any) -> Any:
@@ -244,16 +269,18 @@ class _Files:
     resume: bool = False
 
 
-def parse(arguments: Sequence[str], prog: str = "mlx-qlora train") -> RunConfig:
-    """The settings from a command line. `--help` and wrong flags end the process as in any program (0 and 2).
+def parse(arguments: Sequence[str], prog: str = "mlx-qlora train", base: RunConfig | None = None) -> RunConfig:
+    """The settings from a command line, those of `base` where nothing is said. `--help` and wrong flags end the process as in
+    any program (0 and 2).
 
     A run that goes on has its own settings, but for what the command line says.
     """
     arguments = [_in_full(each) for each in arguments]
     files, _ = tyro.cli(_Files, args=arguments, return_unknown_args=True, add_help=False)
-    config = _from_files(files, RunConfig())
-    kept = Path(files.output_dir or config.output_dir).expanduser() / "config.yaml"
-    if files.resume and (files.output_dir or config.output_dir) and kept.is_file():
+    config = _from_files(files, base or RunConfig())
+    there = Path(files.output_dir or config.output_dir).expanduser()
+    kept = next((there / name for name in ("config.yaml", SEEDS) if (there / name).is_file()), None)
+    if files.resume and (files.output_dir or config.output_dir) and kept:
         config = _from_files(files, from_yaml(kept, RunConfig()))
     default = _CommandLine(**_own_values(config))
     line = tyro.cli(_CommandLine, prog=prog, args=arguments, default=default, config=_BY_VALUE)
@@ -291,6 +318,8 @@ def from_yaml(path: Path, base: RunConfig) -> RunConfig:
         line = node.start_mark.line + 1
         if key in lines:
             problems.append((line, f"{key} stands here again (first in line {lines[key]}); keep one."))
+        elif key in _GROUPS:
+            problems.append((line, f"{key}: {_shown(node)} came; settings below it are expected, {_example(key)}."))
         elif key not in types_of:
             near = difflib.get_close_matches(key, types_of, n=1)
             hint = f"did you mean {near[0]}?" if near else "see mlx-qlora train --help for the settings."
@@ -326,7 +355,7 @@ def _entries(mapping: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, yaml
         key = f"{prefix}{name.value if isinstance(name, yaml.ScalarNode) else '?'}"
         if isinstance(node, yaml.MappingNode) and key in _GROUPS:
             yield from _entries(node, key + ".")
-        else:
+        elif key not in _GROUPS or node.tag != _NOTHING:  # all below it may be commented out
             yield key, node
 
 
@@ -339,16 +368,18 @@ def _types_of(kind: Any) -> dict[str, Any]:
     return found
 
 
+_NOTHING = "tag:yaml.org,2002:null"
 _GROUPS = {each.name for each in fields(RunConfig) if is_dataclass(typing.get_type_hints(RunConfig)[each.name])}
 
 
+_NO_CHAIN = flat({"chain": _plain(asdict(ChainConfig()))})
 _UNASKED = flat({"lora": _plain(asdict(LoraConfig()))})
 
 
 def _value(hint: Any, node: yaml.Node) -> Any:
     """A node as a value of a type; tyro decides what is one."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
-    if node.tag == "tag:yaml.org,2002:null":
+    if node.tag == _NOTHING:
         if type(None) in options:
             return None
         raise ValueError(f"nothing came, {_expected(hint)} is expected.")
@@ -356,7 +387,16 @@ def _value(hint: Any, node: yaml.Node) -> Any:
         with contextlib.redirect_stderr(io.StringIO()):
             return tyro.cli(hint, args=_texts(node), console_outputs=False, config=_BY_VALUE)
     except SystemExit:
-        raise ValueError(f"{yaml.serialize(node).strip().splitlines()[0]} came, {_expected(hint)} is expected.") from None
+        raise ValueError(f"{_shown(node)} came, {_expected(hint)} is expected.") from None
+
+
+def _shown(node: yaml.Node) -> str:
+    return str(yaml.serialize(node)).strip().splitlines()[0]
+
+
+def _example(group: str) -> str:
+    first = next(name for name in _types_of(RunConfig) if name.startswith(f"{group}."))
+    return f"such as `{group}: {{{first.removeprefix(f'{group}.')}: ...}}`"
 
 
 def _texts(node: yaml.Node) -> list[str]:
@@ -374,6 +414,8 @@ def _expected(hint: Any) -> str:
         return " or ".join(each.value for each in hint)
     if isinstance(hint, types.UnionType):
         return " or ".join(_expected(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is float:
+        return "a number, or a list of them,"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
     return names.get(hint, "names with numbers" if typing.get_origin(hint) is dict else "a list of texts")
 

@@ -5,47 +5,43 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-
-from mlx_qlora.data.layout import Kind, Layout, lay_out, smaller
+from mlx_qlora.data.layout import lay_out, smaller
 from mlx_qlora.data.part import Part, Split, holds_text, open_part
 from mlx_qlora.data.prepare import row_of
 from mlx_qlora.data.render import Question, RenderConfig
-from mlx_qlora.data.shapes import fit as fit_shapes
 from mlx_qlora.data.sources import SourceConfig, find
 from mlx_qlora.data.windows import Ruler
 from mlx_qlora.engine.room import Room
-from mlx_qlora.errors import ConfigError, DataError, ModelError, RunFolderError, require
-from mlx_qlora.files import json_object
+from mlx_qlora.errors import ConfigError, DataError, RunFolderError, require
 from mlx_qlora.look.console import Console
-from mlx_qlora.look.evaluation import harness, results
+from mlx_qlora.look.evaluation import harness, results, written
 from mlx_qlora.look.evaluation.answering import Progress, SoFar
-from mlx_qlora.look.evaluation.generate import Asking, generate
+from mlx_qlora.look.evaluation.asking import Answers, Asker
+from mlx_qlora.look.evaluation.compared import BASE, TUNED
+from mlx_qlora.look.evaluation.finals import FinalKind, Finals, finals_for
+from mlx_qlora.look.evaluation.generate import Asking
 from mlx_qlora.look.evaluation.labels import labels_of
 from mlx_qlora.look.evaluation.own_metric import load_metrics
 from mlx_qlora.look.evaluation.perplexity import Document, OfText, Strided, Text
-from mlx_qlora.look.evaluation.results import BASE, TUNED, Evaluation, Prediction
+from mlx_qlora.look.evaluation.results import Evaluation
 from mlx_qlora.look.evaluation.scores import Named, scores_for, words
 from mlx_qlora.look.measure import Measured, measure
 from mlx_qlora.model import backend, lora
+from mlx_qlora.model.attached import attach_from
 from mlx_qlora.model.load import Loaded, fingerprint, load, wired_memory
-from mlx_qlora.model.lora import LoraConfig
-from mlx_qlora.model.trunk import Passage, can_pack, can_share, length_counts
+from mlx_qlora.model.trunk import Passage
 from mlx_qlora.objectives.sft import sft
-from mlx_qlora.plan import BUDGET, Plan, checked, common_prefix
+from mlx_qlora.plan import SAMPLE, Plan, checked, forward_layout
 from mlx_qlora.records import Example
 from mlx_qlora.resume import versions
 
-_SAMPLE = 64  # examples that the layouts are compared on
 _HARNESS_ROWS = 8  # texts at once, as in mlx-lm
 _PACKAGES = ("sacrebleu", "rouge-score")
 
@@ -68,11 +64,14 @@ class Wanted:
     whole: bool = True  # nothing was trained on these data, so that none of it is kept apart
     questions: int | None = None
     max_answer_tokens: int = 128
+    max_rationale_tokens: int | None = None  # None: twice the longest in the data
     temperature: float = 0.0
     batch_size: int | None = None
     base: bool = True
     metrics: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    score_as: FinalKind | None = None  # what final answers are; None: told from those that are expected
+    limit_per_task: int | None = None
     worst: int = 5
     harness: tuple[str, ...] = ()
     harness_limit: int | None = None
@@ -95,7 +94,19 @@ class Wanted:
             (window is None or window >= 1, "window", window, "a whole number from 1"),
             (stride is None or stride >= 1, "stride", stride, "a whole number from 1"),
             (asked is None or asked >= 0, "questions", asked, "a whole number from 0"),
+            (
+                self.limit_per_task is None or self.limit_per_task >= 1,
+                "limit_per_task",
+                self.limit_per_task,
+                "a whole number from 1",
+            ),
             (most >= 1, "max_answer_tokens", most, "a whole number from 1"),
+            (
+                self.max_rationale_tokens is None or self.max_rationale_tokens >= 1,
+                "max_rationale_tokens",
+                self.max_rationale_tokens,
+                "a whole number from 1",
+            ),
             (0 <= self.temperature < 100, "temperature", self.temperature, "a number from 0"),
             (rows is None or rows >= 1, "batch_size", rows, "a whole number from 1"),
             (self.worst >= 0, "worst", self.worst, "a whole number from 0"),
@@ -120,7 +131,7 @@ def evaluate(wanted: Wanted, console: Console) -> tuple[Evaluation, list[Path]]:
     how = _strided(wanted, loaded) if is_text else None
     digest = fingerprint(loaded.model)
     models = _Models(loaded, wanted)
-    adapters = _attach(loaded.model, wanted.adapters) if wanted.adapters else _whole(wanted)
+    adapters = attach_from(loaded.model, wanted.adapters) if wanted.adapters else _whole(wanted)
     if wanted.adapters:
         console.fact("adapters", str(wanted.adapters))
     part = open_part(
@@ -135,13 +146,13 @@ def evaluate(wanted: Wanted, console: Console) -> tuple[Evaluation, list[Path]]:
         texts=is_text,
         ruler=wanted.trained_in,
     )
-    asked = part.questions(wanted.questions) if wanted.questions != 0 else []
+    asked = part.questions(wanted.questions, wanted.limit_per_task) if wanted.questions != 0 else []
     console.end_bar()
     told = f"{part.rows:,} row{'s' if part.rows != 1 else ''} ({part.said})"
     text = Text(_documents(part), how, _size_of(loaded.tokenizer)) if how else None
     questions = "1 question is" if len(asked) == 1 else f"{len(asked):,} questions are"
     console.fact("data", f"{part.split}: {told}{'' if text else f', {questions} asked'}", *([text.describe] if text else []))
-    metrics, labels, left_out = _metrics(wanted, asked)
+    metrics, labels, finals, left_out = _metrics(wanted, asked)
     doubts = _unknown(text, loaded.tokenizer) if text else _beyond(loaded, part, asked)
     notes = [*wanted.notes, *_doubts(wanted, part), *doubts, *left_out]
 
@@ -152,12 +163,13 @@ def evaluate(wanted: Wanted, console: Console) -> tuple[Evaluation, list[Path]]:
         model=loaded.name,
         adapters=str(wanted.adapters or ""),
         base=wanted.base_model,
+        finals=finals,
         data=", ".join(wanted.source.sources),
         split=part.split,
         rows=part.rows,
         loss=losses[TUNED],
         base_loss=losses.get(BASE),
-        predictions=_predictions(asked, answers, metrics),
+        predictions=results.predictions(asked, answers.texts, metrics, answers.thinking) if asked else (),
         metrics=tuple(metrics),
         labels=labels,
         worst_count=wanted.worst,
@@ -170,7 +182,7 @@ def evaluate(wanted: Wanted, console: Console) -> tuple[Evaluation, list[Path]]:
         harness=_harness(tasks, models, part.renderer.pairs_are_chats, wanted, console) if tasks else {},
     )
     wanted.output.mkdir(parents=True, exist_ok=True)
-    files = results.write(found, wanted.output)
+    files = written.write(found, wanted.output)
     so_far.done()
     return found, files
 
@@ -213,46 +225,6 @@ def _whole(wanted: Wanted) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _attach(model: nn.Module, folder: Path) -> str:
-    """Put the adapters of a folder on, as this library, mlx-lm or a checkpoint has them; gives their digest."""
-    file = folder / "adapters.safetensors"
-    if not file.is_file():
-        raise ModelError(
-            f"--adapters {folder}: no adapters.safetensors in it. "
-            "A run's adapters or one of its checkpoint folders is expected."
-        )
-    try:
-        arrays: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
-    except Exception as error:  # whatever a damaged file makes MLX raise
-        raise ModelError(f"{file}: it can't be read: {' '.join(str(error).split())[:200]}") from error
-    paths = {name.removesuffix(".lora_a") for name in arrays if name.endswith(".lora_a")}
-    if not paths:
-        raise ModelError(f"{file}: no LoRA adapters are in it (none of its {len(arrays)} arrays is named ...lora_a).")
-    own = {path for path, _ in model.named_modules()}
-    if not paths & own:
-        raise ModelError(
-            f"{file}: these adapters are of another model: {min(paths)}, and none of the {len(paths)} layers that they "
-            "change is in this one. Name the model that they were trained with."
-        )
-    rank = int(arrays[f"{min(paths)}.lora_a"].shape[-1])
-    lora.attach(model, LoraConfig(rank=rank, scale=_scale(folder), dropout=0.0), predicate=lambda path, _: path in paths)
-    lora.load(model, arrays, file)
-    model.eval()
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _scale(folder: Path) -> float:
-    """By what adapters are multiplied: it stands beside them, in the adapter's configuration or in a checkpoint's state."""
-    config = json_object(folder / "adapter_config.json")
-    if config.get("fine_tune_type", "lora") != "lora":
-        raise ModelError(f"{folder / 'adapter_config.json'}: fine_tune_type {config['fine_tune_type']!r}: only lora is read.")
-    kept = (json_object(folder / "state.json").get("config") or {}).get("lora") or {}
-    scale = (config.get("lora_parameters") or kept).get("scale")
-    if not isinstance(scale, int | float) or scale <= 0:
-        raise ModelError(f"{folder}: neither adapter_config.json nor state.json in it says the scale of these adapters.")
-    return float(scale)
-
-
 # Losses
 
 
@@ -264,7 +236,7 @@ def _losses(
     if not examples:
         raise DataError(f"{part.said}: no row has anything whose loss could be measured.")
     model, of_text = models.own.model, {}
-    plan = checked(Plan(_layout(model, examples), Passage(), compiled=False), model, sft(), examples[:_SAMPLE])
+    plan = checked(Plan(forward_layout(model, examples), Passage(), compiled=False), model, sft(), examples[:SAMPLE])
     room = Room(plan.layout.token_budget, tell=lambda now: console.say(f"memory ended: at most {now:,} positions at once"))
 
     def measured(which: str, whose: str) -> Measured:
@@ -289,23 +261,11 @@ def _turns(wanted: Wanted) -> list[tuple[str, str]]:
     return [*own, (BASE, "base model")] if wanted.tuned and wanted.base else own
 
 
-def _layout(model: nn.Module, examples: Sequence[Example]) -> Layout:
-    """The fastest that this model takes; `checked` says whether it is exact."""
-    if length_counts(model):
-        return Layout(Kind.PLAIN, BUDGET, rows=1, step=1)
-    if backend.on_cpu() and not can_pack(model):
-        return Layout(Kind.PACKED, BUDGET)
-    if can_share(model):
-        return Layout(Kind.PLAIN, BUDGET)
-    lengths = np.array([len(each.tokens) - 1 for each in examples])
-    places = np.array([int((each.weights[1:] > 0).sum()) for each in examples])
-    return Layout(Kind.PADDED, BUDGET, shapes=fit_shapes(lengths, places, common_prefix(examples[:_SAMPLE])))
-
-
 def _digest(example: Example, how: Strided | None) -> str:
     """Of what its loss is of: an id is a line's number in a file, and many a file is called valid.jsonl. Of text, the window
     is a part of that."""
     of = example.tokens.tobytes() + example.weights.tobytes() + (repr(how).encode() if how else b"")
+    of += b"" if example.targets is None else example.targets.tobytes()
     return hashlib.blake2b(of, digest_size=8).hexdigest()
 
 
@@ -361,22 +321,42 @@ def _size_of(tokenizer: Any) -> Callable[[Sequence[int]], int]:
 # Answers
 
 
-def _metrics(wanted: Wanted, asked: Sequence[Question]) -> tuple[list[Named], tuple[str, ...], list[str]]:
-    """(what is scored, the labels that the answers are, what is left out). A person's own scores are tried once."""
+def _metrics(wanted: Wanted, asked: Sequence[Question]) -> tuple[list[Named], tuple[str, ...], Finals, list[str]]:
+    """(what is scored, the labels that the answers are, how final answers are read, what is left out). A person's own scores
+    are tried once."""
     if not asked:
-        return [], (), []
+        return [], (), Finals(), []
     expected = [each.expected for each in asked]
     labels = _labels(wanted, asked)
+    finals = _finals(wanted, asked)
     metrics, left_out = scores_for(expected, bool(labels))
+    if finals.name == "final_number":  # which says the same more exactly
+        metrics = [each for each in metrics if each.name != "numeric_accuracy"]
+    metrics = [*finals.scores, *metrics]
     own = load_metrics(wanted.metrics, [each.name for each in metrics] + ["macro_f1"])
     for metric in own:
         metric.of(expected[0], expected[0])
-    return [*metrics, *own], labels, left_out
+    return [*metrics, *own], labels, finals, left_out
+
+
+def _finals(wanted: Wanted, asked: Sequence[Question]) -> Finals:
+    """An expected answer that has none of what is scored would count as wrong, whatever is answered."""
+    finals = finals_for([(each.task, each.expected) for each in asked], wanted.score_as, wanted.labels)
+    right = {task: each.of for each in finals.scores for task in each.tasks or ()}
+    strange = [each for each in asked if finals.scores and not right[each.task](each.expected, each.expected)]
+    if strange:
+        one = strange[0]
+        raise ConfigError(
+            f"--score-as {wanted.score_as or 'text'}: {len(strange):,} of {len(asked):,} expected answers have no "
+            f"{wanted.score_as or 'text'} in them, such as {one.expected!r:.60} in {one.id}. "
+            "Say --score-as text, or take such rows out."
+        )
+    return finals
 
 
 def _labels(wanted: Wanted, asked: Sequence[Question]) -> tuple[str, ...]:
-    if not wanted.labels:
-        return labels_of([each.expected for each in asked])
+    if not wanted.labels:  # the labels of several tasks are no classes
+        return labels_of([each.expected for each in asked]) if len({each.task for each in asked}) < 2 else ()
     known = {tuple(words(label)) for label in wanted.labels}
     if len(known) < len(wanted.labels):
         raise ConfigError(f"--labels {','.join(wanted.labels)}: two of them differ in case or punctuation only. Keep one.")
@@ -390,53 +370,28 @@ def _labels(wanted: Wanted, asked: Sequence[Question]) -> tuple[str, ...]:
     return wanted.labels
 
 
-def _answers(
-    models: _Models, asked: Sequence[Question], wanted: Wanted, so_far: SoFar, console: Console
-) -> dict[str, list[str]]:
+def _answers(models: _Models, asked: Sequence[Question], wanted: Wanted, so_far: SoFar, console: Console) -> Answers:
     """What the model, and without its adapters the base, answer. What is there when it is broken off stays."""
     if not asked:
-        return {}
-    how = Asking(*_how(wanted), wanted.batch_size)
+        return Answers()
     if so_far.taken_over:
         console.say(f"{so_far.taken_over:,} answers of an evaluation that was broken off are taken over from {so_far.path}")
-    turns = _turns(wanted)
+    found, how = Answers(), Asking(wanted.max_answer_tokens, wanted.temperature, wanted.seed, wanted.batch_size)
     try:
-        for which, title in turns:
+        for which, title in _turns(wanted):
             with models.named(which) as now:
-                _ask(now, asked, which, title, how, so_far, console)
+                Asker(now, asked, how, wanted.max_rationale_tokens, so_far, console, which, title).ask(found)
     except KeyboardInterrupt:
         if count := sum(map(len, so_far.answers.values())):
             console.say(f"{count:,} answers are kept in {so_far.path}; the same command goes on from there")
         raise
-    return {which: so_far.texts(which) for which, _ in turns}
+    return found
 
 
-def _how(wanted: Wanted) -> tuple[int, float, int]:
+def _how(wanted: Wanted) -> tuple[object, ...]:
     """What an answer depends on, besides who is asked what."""
-    return wanted.max_answer_tokens, wanted.temperature, wanted.seed
-
-
-def _ask(
-    loaded: Loaded, asked: Sequence[Question], which: str, title: str, how: Asking, so_far: SoFar, console: Console
-) -> None:
-    left = so_far.left(which)
-    if not left:
-        return
-    progress = Progress(title, len(left), "answers", console.say)
-    with so_far.keeping(which, left) as keep, progress, wired_memory(loaded.model):
-
-        def tell(found: Mapping[int, str]) -> None:
-            keep(found)
-            progress.add(len(found))
-
-        def told(tokens: int) -> None:
-            console.say(f"memory ended: answers of at most {tokens:,} tokens at once from now on")
-
-        generate(loaded.model, loaded.tokenizer, [asked[number] for number in left], how, tell, told)
-
-
-def _predictions(asked: Sequence[Question], answers: dict[str, list[str]], metrics: Sequence[Named]) -> tuple[Prediction, ...]:
-    return results.predictions([(each.id, each.text, each.expected) for each in asked], answers, metrics) if asked else ()
+    most = (wanted.max_rationale_tokens,) if wanted.max_rationale_tokens else ()
+    return wanted.max_answer_tokens, wanted.temperature, wanted.seed, *most
 
 
 # What goes into the report besides

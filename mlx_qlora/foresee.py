@@ -26,7 +26,7 @@ from mlx_qlora.engine.steps import in_precision
 from mlx_qlora.model import backend, lora, transforms
 from mlx_qlora.model.trained import of_vocabulary
 from mlx_qlora.model.trunk import Passage
-from mlx_qlora.objectives.sft import sft
+from mlx_qlora.objectives.lesson import Lesson, answers_only
 from mlx_qlora.records import Batch, Example
 
 
@@ -37,7 +37,7 @@ class Foresight:
     model: nn.Module
     examples: Sequence[Example]
     optim: OptimConfig
-    label_smoothing: float = 0.0
+    lesson: Lesson = field(default_factory=answers_only)
     computes_in: mx.Dtype | None = None  # forward and backward; None: as the parameters are
     keeps_best: bool = False  # whether the best parameters so far, beside those of now, are worth counting
     _updates: list[int] = field(default_factory=list, init=False, compare=False)
@@ -52,7 +52,7 @@ class Foresight:
     def _memory(self, layout: Layout, passage: Passage) -> Memory:
         batches = lay_out(self.examples, layout)
         largest = max(batches, key=lambda batch: (batch.computed, batch.positions.size))
-        step = of_step(self.model, largest, passage, self.label_smoothing, self.computes_in)
+        step = of_step(self.model, largest, passage, self.lesson, self.computes_in)
         trained = _bytes(self.model.trainable_parameters())
         state = _state(self.optim, self.model)
         sums = trained if len(batches) > 1 else 0  # those of the batches before
@@ -114,25 +114,30 @@ def longest(lengths: Sequence[int], supervised: Sequence[int] | None = None) -> 
 
 
 def of_step(
-    model: nn.Module, batch: Batch, passage: Passage, label_smoothing: float = 0.0, dtype: mx.Dtype | None = None
+    model: nn.Module, batch: Batch, passage: Passage, lesson: Lesson | None = None, dtype: mx.Dtype | None = None
 ) -> Memory:
     """At the peak of a micro-step, without optimizer and sums of gradients."""
-    part = _traced(model, batch, passage, label_smoothing, dtype)
+    lesson = lesson or answers_only()
+    part = _traced(model, batch, passage, lesson, dtype)
     trained = _bytes(model.trainable_parameters())
-    return Memory(_bytes(model.parameters()) - trained, trained, 0, part.activations, part.logits, part.dequantised)
+    weights = _bytes(model.parameters()) + (_bytes(lesson.teacher.parameters()) if lesson.teacher else 0)
+    return Memory(weights - trained, trained, 0, part.activations, part.logits, part.dequantised)
 
 
-def _traced(model: nn.Module, batch: Batch, passage: Passage, label_smoothing: float, dtype: mx.Dtype | None) -> Memory:
+def _traced(model: nn.Module, batch: Batch, passage: Passage, lesson: Lesson, dtype: mx.Dtype | None) -> Memory:
     """What a step of a model needs besides its arrays."""
-    parameters: dict[str, mx.array] = tree_flatten(model.parameters(), destination={})  # type: ignore[assignment]
+    parameters, theirs = _named(model.parameters()), _named(lesson.teacher.parameters()) if lesson.teacher else {}
     trained = list(lora.adapter_arrays(model))
-    objective = sft(label_smoothing, passage)
-    arrays = batch[:6]
+    objective = lesson.objective(passage, lesson.teacher)
+    arrays, beside = batch[:6], lesson.beside(batch)
 
     def step(key: mx.array, *inputs: mx.array) -> Sequence[mx.array]:
-        own = dict(zip(parameters, inputs, strict=False))
+        given = iter(inputs)
+        own = dict(zip(parameters, given, strict=False))
         model.update(tree_unflatten(list(own.items())))
-        traced = Batch(*inputs[len(own) : len(own) + len(arrays)], batch.segments)  # type: ignore[arg-type, call-arg]
+        if lesson.teacher:
+            lesson.teacher.update(_tree(theirs, given))
+        traced = Batch(*(next(given) for _ in arrays), batch.segments, None, tuple(next(given) for _ in beside))  # type: ignore[arg-type, call-arg]
         weights: list[mx.array] = []
 
         def total(values: Sequence[mx.array]) -> mx.array:
@@ -146,19 +151,24 @@ def _traced(model: nn.Module, batch: Batch, passage: Passage, label_smoothing: f
             return [*gradients, *weights, *sums]
 
     marks = [mx.zeros(number + 1) for number in range(len(MARKS))]
-    before = model.parameters()
+    before, of_teacher = model.parameters(), lesson.teacher.parameters() if lesson.teacher else {}
+    inputs = [*parameters.values(), *theirs.values(), *arrays, *beside, *marks]
     collecting = gc.isenabled()
     gc.disable()  # a hundred thousand small objects, all of them needed: a quarter of the time
     try:
-        graph = with_repeats(trace(step, [mx.random.key(0), *parameters.values(), *arrays, *marks]))
+        graph = with_repeats(trace(step, [mx.random.key(0), *inputs]))
     finally:
         model.update(before)
+        if lesson.teacher:
+            lesson.teacher.update(of_teacher)
         if collecting:
             gc.enable()
     kinds = dict.fromkeys(graph.inputs, "batch")
     known = set(trained)
     for name, path in zip(graph.inputs[1:], parameters, strict=False):
         kinds[name] = "adapters" if path in known else "weights"
+    for name in graph.inputs[1 + len(parameters) :][: len(theirs)]:
+        kinds[name] = "weights"
     asked = [graph.outputs[: len(trained) + 1], graph.outputs[len(trained) + 1 :]]
     _, at_peak = simulated(graph, asked, kinds, _vocabulary(parameters))
     return Memory(

@@ -28,6 +28,7 @@ from mlx_qlora.look.measure import Measured, measure
 from mlx_qlora.look.samples import Prompt, SampleConfig, Samples, prompts_of
 from mlx_qlora.look.samples import write as write_samples
 from mlx_qlora.look.suspects import MOST, suspects
+from mlx_qlora.look.teaching import outcome
 from mlx_qlora.look.tracking.tools import Opening
 from mlx_qlora.look.tracking.trackers import TrackerConfig, Trackers
 from mlx_qlora.model import backend
@@ -241,7 +242,7 @@ class Going:
     def _measured(self, examples: Sequence[Example]) -> Measured:
         def of(halvings: int) -> Measured:
             batches = lay_out(examples, self.ready.layout(halvings))
-            return measure(self.ready.loaded.model, self.ready.objective, self._seen(batches), examples)
+            return measure(self.ready.loaded.model, self.ready.judge, self._seen(batches), examples)
 
         with computing_in(self.ready.loaded.model, self.ready.trained.computes_in):
             return self.room.within(of)
@@ -328,6 +329,7 @@ class Going:
             "rollbacks": standing.rollbacks,
             "halvings": state.halvings,
             "model": ready.loaded.name,
+            **({"teaching": outcome(self.metrics.lines)} if ready.teaching and standing.state.step else {}),
             "trainable_parameters": ready.trained.trainable,
             "total_parameters": ready.trained.total,
             "device": backend.describe(),

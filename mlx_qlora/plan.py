@@ -27,9 +27,11 @@ from mlx_qlora.look.measure import mean_loss
 from mlx_qlora.model import backend
 from mlx_qlora.model.full import FullConfig, computes_in
 from mlx_qlora.model.trunk import Passage, can_pack, can_share, length_counts, states_before
+from mlx_qlora.objectives.lesson import Lesson, answers_only
 from mlx_qlora.records import Batch, Example, LossSum
 
 BUDGET = 4096  # positions at once, where nothing says otherwise
+SAMPLE = 64  # examples that the layouts are compared on
 _FEW = 3  # neighbours among the rows that the layouts are compared on
 # How far the losses of two layouts may be apart; half precision rounds more than that by itself.
 _TOLERANCE = {mx.float32: 1e-4}
@@ -72,30 +74,30 @@ class Plan:
         return [what, f"up to {self.layout.token_budget:,} positions at once{how}"]
 
 
-def choose(config: RunConfig, model: nn.Module, corpus: Corpus, first: int = 0) -> Plan:
+def choose(config: RunConfig, model: nn.Module, corpus: Corpus, first: int = 0, lesson: Lesson | None = None) -> Plan:
     """The plan for a configuration, as far as the model can follow it; `first`: the first layer that is computed."""
-    foresight = foresight_of(config, model, longest_of(config, corpus))
+    foresight = foresight_of(config, model, longest_of(config, corpus), lesson)
     shapes = partial(_shapes, corpus, config.max_seq_length)
     plan = _chosen(config, model, foresight, shapes, alike=corpus.windows is not None)
     return replace(plan, passage=replace(plan.passage, first=first))
 
 
-def foresight_of(config: RunConfig, model: nn.Module, examples: Sequence[Example]) -> Foresight:
+def foresight_of(config: RunConfig, model: nn.Module, examples: Sequence[Example], lesson: Lesson | None = None) -> Foresight:
     """What the memory of such updates is foreseen from."""
     return Foresight(
         model,
         examples,
         config.part(OptimConfig),
-        config.label_smoothing,
+        lesson or answers_only(config.label_smoothing),
         computes_in(config.part(FullConfig)),
         keeps_best=config.fine_tune_type == "full",
     )
 
 
-def choose_without_data(config: RunConfig, model: nn.Module, windows: bool = False) -> Plan:
+def choose_without_data(config: RunConfig, model: nn.Module, windows: bool = False, lesson: Lesson | None = None) -> Plan:
     """The same before there are data: for updates of examples of max_seq_length tokens, or of windows."""
     examples = longest([config.max_seq_length] * config.examples_per_update)
-    foresight = foresight_of(config, model, examples)
+    foresight = foresight_of(config, model, examples, lesson)
     length = np.array([config.max_seq_length])
     return _chosen(config, model, foresight, lambda _: fit_shapes(length, length), alike=windows)
 
@@ -111,14 +113,15 @@ def _chosen(
     best = Kind.PLAIN if alike else Kind.PADDED if compiled else Kind.PACKED
     kind = best if wanted == "auto" else Kind(wanted)
     notes = []
-    if kind is Kind.PACKED and (problem := can_pack(model)):
+    models = [model, *filter(None, [foresight.lesson.teacher])]
+    if kind is Kind.PACKED and (problem := _first_problem(can_pack, models)):
         notes.append(f"not packed, because {problem}")
         kind = Kind.PADDED
     sharing = True
-    if kind is Kind.PADDED and (problem := can_share(model)):
+    if kind is Kind.PADDED and (problem := _first_problem(can_share, models)):
         notes.append(f"nothing shared, because {problem}")
         sharing = False
-    alone = length_counts(model)  # each row by itself, without padding
+    alone = any(map(length_counts, models))  # each row by itself, without padding
     kind = Kind.PLAIN if alone else kind
     rows = 1 if alone else config.batch_size if kind is Kind.PLAIN and not alike else 1024
     layout = Layout(kind, config.token_budget or BUDGET, rows=rows, step=1 if alone else Layout.step)
@@ -126,6 +129,25 @@ def _chosen(
         layout = replace(layout, shapes=shapes(sharing))
     plan = Plan(layout, Passage(), compiled and kind is not Kind.PACKED, None, tuple(notes))
     return fitted(plan, config, foresight)
+
+
+def _first_problem(of: Callable[[nn.Module], str], models: Sequence[nn.Module]) -> str:
+    """What keeps a student or its teacher from something."""
+    found = [("of the teacher: " if number else "") + problem for number, each in enumerate(models) if (problem := of(each))]
+    return found[0] if found else ""
+
+
+def forward_layout(model: nn.Module, examples: Sequence[Example]) -> Layout:
+    """The fastest that this model takes where nothing is trained; `checked` says whether it is exact."""
+    if length_counts(model):
+        return Layout(Kind.PLAIN, BUDGET, rows=1, step=1)
+    if backend.on_cpu() and not can_pack(model):
+        return Layout(Kind.PACKED, BUDGET)
+    if can_share(model):
+        return Layout(Kind.PLAIN, BUDGET)
+    lengths = np.array([len(each.tokens) - 1 for each in examples])
+    places = np.array([int((each.weights[1:] > 0).sum()) for each in examples])
+    return Layout(Kind.PADDED, BUDGET, shapes=fit_shapes(lengths, places, common_prefix(examples[:SAMPLE])))
 
 
 def longest_of(config: RunConfig, corpus: Corpus) -> list[Example]:
@@ -175,7 +197,8 @@ def alternatives(plan: Plan, config: RunConfig, foresight: Foresight) -> list[Ch
         what = f"token_budget: {positions}, grad_checkpoint: {'on' if again else 'off'}"
         changes.append(Change(what, foresight.memory(layout, passage)))
     half = [
-        replace(each, tokens=each.tokens[-half:], weights=each.weights[-half:]) for each, half in _halves(foresight.examples)
+        replace(each, tokens=each.tokens[-half:], weights=each.weights[-half:], targets=None)
+        for each, half in _halves(foresight.examples)
     ]
     smallest = min(budgets(config, half))
     layout, passage = replace(plan.layout, token_budget=smallest), replace(plan.passage, checkpoint=True)

@@ -17,12 +17,19 @@ class Example:
     """What is trained, whatever it was made of.
 
     `weights[i]` is the weight with which token i, *as a target*, counts in the loss: 0 for a prompt, 1 for an
-    answer. Token 0 is nobody's target, so its weight is 0.
+    answer. Token 0 is nobody's target, so its weight is 0. Where `targets` is there, targets[i] is what has to be
+    predicted in place of token i: at the end of a rationale the end of the text, though the answer's cue follows.
     """
 
     id: str
     tokens: NDArray[np.int32]
     weights: NDArray[np.float32]
+    targets: NDArray[np.int32] | None = None
+
+    @property
+    def wanted(self) -> NDArray[np.int32]:
+        """What has to be predicted at each place: the token there, or what stands in its place."""
+        return self.tokens if self.targets is None else self.targets
 
 
 class Segment(NamedTuple):
@@ -59,6 +66,7 @@ class Batch(NamedTuple):
     marks: mx.array  # [B * L + P], uint64: a hash of the tokens up to each position, the same in every layout
     segments: tuple[Segment, ...] = ()
     states: mx.array | None = None  # [B * L + P, D]: what goes into the first layer that is adapted, where it is kept
+    beside: tuple[mx.array, ...] = ()  # what an objective is told besides: values of schedules, what a teacher says
 
     @property
     def computed(self) -> int:
@@ -88,6 +96,7 @@ class Update:
     tokens: int
     supervised_tokens: int
     next: Bookmark  # where the update after it begins
+    done: float = 0.0  # the share of the run's updates that will be made after it, where somebody asks for it
 
     @property
     def ids(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import math
 import platform
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -38,6 +38,7 @@ from mlx_qlora.model.activations import TrunkCacheConfig
 from mlx_qlora.model.create import CreateConfig
 from mlx_qlora.model.matmul import MatmulConfig
 from mlx_qlora.model.trained import Trained, arrays_of
+from mlx_qlora.objectives.distill import DistillConfig
 from mlx_qlora.plan import Plan
 from mlx_qlora.records import Bookmark, EvalReport, LossSum, StepReport, TrainState, Window
 from mlx_qlora.run.checkpoint import Checkpoint
@@ -47,7 +48,8 @@ Arrays = dict[str, mx.array]
 
 
 def _names(*kinds: type) -> set[str]:
-    return {each.name for kind in kinds for each in fields(kind)}
+    """Of the settings of these parts, by dotted names."""
+    return {name for kind in kinds for name in flat(asdict(kind()))}
 
 
 # How it is computed: the gradient stays, and the last bits of it do not.
@@ -65,6 +67,7 @@ _CHANGEABLE = {
     "dropout", "early_stopping.patience", "early_stopping.min_delta", "on_nonfinite", "max_skipped_updates",
     "max_skipped_share", "skipped_window", "rollback_factor", "max_rollbacks",
 }  # fmt: skip
+_CHANGEABLE |= flat({"distill": asdict(DistillConfig())}).keys()
 
 
 def require_format(checkpoint: Checkpoint) -> None:
@@ -104,6 +107,13 @@ def settings_changed(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     return said
 
 
+def changed(before: RunConfig, now: RunConfig) -> list[str]:
+    """Every setting that differs, but for those of how it is computed, those around training, and the seed."""
+    was, is_ = flat(before.plain()), flat(now.plain())
+    names = sorted(was.keys() - AROUND - _COMPUTING - {"seed"})
+    return [f"{name}: was {_shown(was[name])}, is {_shown(is_[name])}" for name in names if was[name] != is_[name]]
+
+
 def trained_otherwise(checkpoint: Checkpoint, config: RunConfig) -> bool:
     """Whether a setting of training has changed since."""
     before, now = flat(checkpoint.state["config"]), flat(config.plain())
@@ -125,8 +135,8 @@ def as_before(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
     return replace(config, **{name: value for name, value in kept.items() if was.get(name) == now.get(name)})
 
 
-def require_same(checkpoint: Checkpoint, model: str, data: str, config: RunConfig) -> None:
-    """Refuse another model or other data, by their digests."""
+def require_same(checkpoint: Checkpoint, model: str, data: str, config: RunConfig, teacher: str = "") -> None:
+    """Refuse another model or other data, by their digests; and another teacher, if nobody said so."""
     state = checkpoint.state
     before, now = flat(state["config"]), flat(config.plain())
     others = [
@@ -139,6 +149,8 @@ def require_same(checkpoint: Checkpoint, model: str, data: str, config: RunConfi
         lines.append(f"the model is another one (its arrays were {state['model']}, are {model})")
     if state["data"] != data:
         lines.append(f"the examples are others (their checksum was {state['data']}, is {data})")
+    if not config.resume_anyway and state.get("teacher", "") != teacher:
+        lines.append(f"the teacher is another one (its arrays were {state.get('teacher') or 'none'}, are {teacher or 'none'})")
     if lines:
         because = "\n".join(others) or "  no setting differs, so the files themselves have changed"
         raise ResumeError(

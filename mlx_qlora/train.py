@@ -16,7 +16,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_qlora.build import LOOK_AT, Ready, build
-from mlx_qlora.config import RunConfig, parse
+from mlx_qlora.config import RunConfig, flat, parse
 from mlx_qlora.data.audit import audit
 from mlx_qlora.engine.steps import Enter, steps
 from mlx_qlora.errors import ConfigError, NonFiniteError
@@ -25,9 +25,11 @@ from mlx_qlora.look.console import Console, answered
 from mlx_qlora.look.evaluation.generate import ask_both, score
 from mlx_qlora.look.history import read_history
 from mlx_qlora.look.pictures.figures import PICTURE, results, save
+from mlx_qlora.look.teaching import closing, doubts, nobody
 from mlx_qlora.look.trace import Tracer
 from mlx_qlora.look.tracking.trackers import TrackerConfig, require_trackers
 from mlx_qlora.records import Halfway, StepReport
+from mlx_qlora.repeat import repeat
 from mlx_qlora.run import disk
 from mlx_qlora.run import folder as run_folder
 from mlx_qlora.run.interrupt import unhurt
@@ -54,6 +56,8 @@ def run(config: RunConfig, quiet: bool = False) -> RunResult:
     """Train as the configuration says, and leave all of it in its output_dir."""
     console = Console(quiet)
     config.require_complete()
+    if config.seeds:
+        raise ConfigError("seeds: several are trained from the command line: mlx-qlora train --seeds 42,123,456 ...")
     if config.supervise:
         raise ConfigError("supervise: a run is supervised from the command line: mlx-qlora train --supervise 5 ...")
     folder = Path(config.output_dir).expanduser()
@@ -128,9 +132,15 @@ def _explain(trouble: str, report: StepReport, ready: Ready, saved: Path | None)
         "What to try, in this order: a learning rate of a third (learning_rate), a warm-up of 20 updates or more "
         f"(warmup_steps), a smaller clip_grad_norm such as 0.5,{scale} more supervised tokens in an "
         "update (batch_size, gradient_accumulation), and a look at the examples named above.\n"
+        f"{_of_teacher(config)}"
         f"{f'From {saved.name}' if saved else 'From the beginning, because nothing was saved yet'}: {again}"
         f"{'' if config.on_nonfinite == 'rollback' else '; on_nonfinite: rollback does the like by itself'}."
     )
+
+
+def _of_teacher(config: RunConfig) -> str:
+    said = doubts(flat(config.plain())) if config.distill.wanted else []
+    return "".join(f"{each.removeprefix('WARNING: ').capitalize()}.\n" for each in said)
 
 
 @dataclass
@@ -186,6 +196,9 @@ def _conclude(ready: Ready, going: Going, console: Console) -> RunResult:
     if standing.best:
         console.best(*standing.best, best, ready.reads_text)
         console.gap(going.gap())
+    if taught := summary.get("teaching"):
+        said = closing(taught, config.distill.logit_clip, summary["skipped_updates"], summary["steps"])
+        console.fact("teacher", *said, *(doubts(flat(config.plain())) if summary["skipped_updates"] else []))
     ready.trained.load(model, run_folder.load_delivered(best), best)
     model.eval()
     if config.score_questions and summary["ended"] != INTERRUPTED:
@@ -215,15 +228,21 @@ def _ask(ready: Ready, console: Console) -> dict[str, Any]:
     return {"questions": len(asked), **({"base": asdict(base)} if base else {}), "tuned": asdict(tuned)}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Gives the exit code: 0 done, 2 wrong input, 3 stopped by a guard, 130 interrupted."""
+def main(arguments: Sequence[str] | None = None, verb: str = "train", base: RunConfig | None = None) -> int:
+    """The command line. Gives the exit code: 0 done, 2 wrong input, 3 stopped by a guard, 130 interrupted. `base`: the
+    settings where nothing is said."""
 
     given = list(sys.argv[1:] if arguments is None else arguments)
 
     def trained() -> int:
-        config = parse(given)
+        config = parse(given, f"mlx-qlora {verb}", base)
+        if verb == "distill":
+            config.require_complete()
+            Console().fact("teacher", *nobody(flat(config.plain())))
+        if config.seeds:
+            return repeat(config, Console())
         if config.supervise:
-            return _supervised(config, given)
+            return _supervised(config, given, verb)
         folder = Path(config.output_dir).expanduser()
         try:
             result = run(config)
@@ -233,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _draw(folder)
         return 130 if result.interrupted else 0
 
-    return answered("train", trained)
+    return answered(verb, trained)
 
 
 def _draw(folder: Path) -> None:
@@ -250,7 +269,7 @@ def _draw(folder: Path) -> None:
             print(f"WARNING: {PICTURE} was not drawn: {problem or type(problem).__name__}")
 
 
-def _supervised(config: RunConfig, arguments: Sequence[str]) -> int:
+def _supervised(config: RunConfig, arguments: Sequence[str], verb: str) -> int:
     """The same command as a child, that is started again where it died; nothing is loaded here."""
     config.require_complete()
     folder = Path(config.output_dir).expanduser()
@@ -260,7 +279,7 @@ def _supervised(config: RunConfig, arguments: Sequence[str]) -> int:
     def command(budget: int | None) -> list[str]:
         again = ["--resume", "--no-overwrite"] if next(starts) else []
         smaller = [] if budget is None else ["--token-budget", str(budget)]
-        return [sys.executable, "-m", "mlx_qlora", "train", *arguments, "--supervise", "0", *again, *smaller]
+        return [sys.executable, "-m", "mlx_qlora", verb, *arguments, "--supervise", "0", *again, *smaller]
 
     return supervise(command, folder, config.supervise, print)
 

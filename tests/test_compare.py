@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 from dataclasses import fields
 from itertools import product
@@ -21,9 +22,13 @@ from mlx_qlora.commands import main
 from mlx_qlora.config import flat
 from mlx_qlora.errors import ConfigError, RunFolderError
 from mlx_qlora.look.comparison import statistics
-from mlx_qlora.look.comparison.compare import Comparison, compare
+from mlx_qlora.look.comparison.answers import EVALUATED, Answers, how_many, read_answers
+from mlx_qlora.look.comparison.compare import Comparison, compare, of_runs
+from mlx_qlora.look.comparison.contender import Run
+from mlx_qlora.look.comparison.notes import rounded
 from mlx_qlora.look.comparison.sheet import shortened
-from mlx_qlora.look.history import AROUND
+from mlx_qlora.look.evaluation.enough import questions_needed
+from mlx_qlora.look.history import AROUND, History
 from mlx_qlora.run.checkpoint import CheckpointConfig
 
 # Statistics
@@ -409,6 +414,109 @@ def test_what_changes_nothing_are_settings_that_there_are() -> None:
     assert {each.name for each in fields(CheckpointConfig)} <= AROUND
 
 
+# Several seeds
+
+
+Effects = tuple[float, float, float]  # of questions on a configuration, of seeds, of a run's answer to a question
+
+
+def answering(
+    rng: np.random.Generator, effects: Effects, ahead: float = 0.0, questions: int = 200, seeds: int = 3
+) -> list[Run]:
+    """Runs of two configurations, all with the same questions. In the mean over all questions and seeds that there could be,
+    the second is ahead by so much, in parts of how far questions are apart."""
+    of_question, of_seed, of_answer = effects
+    hard, runs = rng.normal(0, 1, questions), []
+    for name, skill in (("a", 0.0), ("b", ahead)):
+        suits = rng.normal(skill, of_question, questions)
+        for seed in range(seeds):
+            right = hard + suits + rng.normal(0, of_seed) + rng.normal(0, of_answer, questions) > 0
+            answers = Answers(EVALUATED, {"accuracy": {(str(n), "", ""): float(each) for n, each in enumerate(right)}})
+            line = {"step": 1, "epoch": 1.0, "val_loss": rng.normal(1.0 - ahead, 0.1), "train_eval_loss": 1.0}
+            settings = {"model": "embedded", "data": "data", "seed": seed, "learning_rate": skill or name == "a"}
+            history = History(Path(f"{name}/seed_{seed}"), settings, (line,), {}, {}, {})
+            runs.append(Run(f"{name}/seed_{seed}", history, answers, "finished"))
+    return runs
+
+
+@pytest.mark.parametrize("effects", [(0.5, 0.0, 0.5), (0.5, 0.15, 0.5), (0.0, 0.3, 0.5)], ids=["questions", "both", "seeds"])
+def test_of_no_difference_better_is_rarely_said(effects: Effects) -> None:
+    """Whether it is other questions or other seeds that would say otherwise, in no form in which a comparison is read; and a
+    difference that there is, is found."""
+    rng = np.random.default_rng(5)
+    said = [of_runs(answering(rng, effects)) for _ in range(300)]
+    claims = [bool(re.search("better|worse", found.verdict)) for found in said]
+    assert sum(claims) <= 0.05 * 300 + 1.65 * math.sqrt(300 * 0.05 * 0.95)
+    for found, claim in zip(said[::30], claims[::30], strict=True):
+        for text in (found.markdown(), found.screen(80)):
+            assert claim or not re.search("better|worse", text)
+    real = [of_runs(answering(rng, (effects[0], effects[1] / 3, 0.5), ahead=0.7)).verdict for _ in range(30)]
+    assert sum(each.startswith("b (3 seeds) is better than a (3 seeds)") for each in real) >= 27
+
+
+def test_seeds_alone_would_take_the_questions_for_a_difference() -> None:
+    """Which is why both are counted: three seeds agree on these questions, and others would have said otherwise."""
+    rng = np.random.default_rng(6)
+    naive, both = [], []
+    for _ in range(400):
+        (judged,) = of_runs(answering(rng, (0.5, 0.0, 0.3))).judgements
+        a, b = judged.tables("accuracy")
+        naive.append(statistics.difference_of_means(a.mean(1).tolist(), b.mean(1).tolist()).p < 0.05)
+        both.append(statistics.crossed(a, b).p < 0.05)
+    assert np.mean(naive) > 0.12
+    assert np.mean(both) < 0.05
+
+
+def test_of_questions_that_all_agree_the_signs_are_counted() -> None:
+    zero, one = np.zeros((2, 9)), np.ones((2, 9))
+    assert statistics.crossed(zero, one) == pytest.approx(statistics.Difference(1.0, p=2 / 2**9), nan_ok=True)
+    assert statistics.crossed(zero, zero).p == 1.0
+
+
+def test_too_few_questions_for_the_difference_are_told_with_how_many_it_takes(tmp_path: Path) -> None:
+    """The number is that of `questions_needed`, rounded; so many really show it in four of five cases."""
+    right = [1.0] * 105 + [0.0] * 95
+    other = [1.0] * 100 + [0.0] * 5 + [1.0] * 8 + [0.0] * 87
+    found = pair(tmp_path, {"scores": right}, {"scores": other})
+    reach = found.judgements[0].reach("token_f1")
+    assert reach is not None
+    assert reach.needed == questions_needed(3 / 200, 213 / 400, 13 / 200)
+    said = f"the difference of 1.5 points would take about {rounded(reach.needed)} questions to be seen; there were 200"
+    assert any(said in note for note in found.notes)
+    rng, shown = np.random.default_rng(8), 0
+    for _ in range(200):
+        signs = rng.choice([1.0, -1.0, 0.0], reach.needed, p=[8 / 200, 5 / 200, 187 / 200])
+        shown += statistics.sign_flips(signs) < 0.05
+    assert shown / 200 == pytest.approx(0.8, abs=0.08)
+
+
+def test_seeds_that_a_guard_has_stopped_are_told_of_and_not_counted(tmp_path: Path) -> None:
+    for name, rate, values in (("a", 1e-3, (1.0, 1.1, 1.2)), ("b", 2e-3, (0.9, 9.0, 1.0))):
+        for seed, value in enumerate(values):
+            ended = {"ended": "not finite"} if value == 9.0 else {}
+            make_run(tmp_path / name / f"seed_{seed}", [(value, value)], seed=seed, learning_rate=rate, summary=ended)
+    found = compare([tmp_path / "a", tmp_path / "b"])
+    assert found.names == ["a (3 seeds)", "b (3 seeds)"]
+    assert [len(each.runs) for each in found.contenders] == [3, 2]
+    assert found.verdict.endswith("1 of 3 seeds of b (3 seeds) is in none of its figures (1 ended: not finite).")
+    assert compare([tmp_path / "a", tmp_path / "b"], baseline=str(tmp_path / "b")).names[0] == "b (3 seeds)"
+
+
+def test_seeds_with_validation_rows_of_their_own_are_paired(tmp_path: Path) -> None:
+    """How hard a seed's rows are is no doubt about the difference then."""
+    hard = (0.5, 1.0, 2.0)
+    for name, better in (("a", 0.0), ("b", 0.1)):
+        for seed, value in enumerate(hard):
+            course = [(value - better - 0.001 * seed * better, value)]
+            make_run(tmp_path / name / f"seed_{seed}", course, seed=seed, digest=str(seed), learning_rate=1e-3 + better)
+    (judged,) = compare([tmp_path / "a", tmp_path / "b"]).judgements
+    assert judged.val_loss is not None
+    assert judged.val_loss.value == pytest.approx(-0.1, rel=0.01)
+    assert judged.by_loss == 1
+    (tmp_path / "b" / "seed_2" / "data_account.json").unlink()
+    assert compare([tmp_path / "a", tmp_path / "b"]).judgements[0].by_loss != 1
+
+
 # Real runs
 
 
@@ -502,3 +610,20 @@ def test_one_error_names_every_folder_that_is_wrong(tmp_path: Path) -> None:
         compare([tmp_path / "one", tmp_path / "two"])
     with pytest.raises(ConfigError, match="no run came"):
         compare([])
+
+
+def test_a_final_answer_is_the_same_with_and_without_its_rationale(tmp_path: Path) -> None:
+    """One run learnt both as one text, the other as two tasks: the questions are the same, the texts are not."""
+    for name, expected in (("one", "2 + 3 = 5.\n#### 5"), ("two", "5")):
+        (tmp_path / name).mkdir()
+        line = {
+            "id": "test.jsonl:1",
+            "question": "2 + 3?",
+            "expected": expected,
+            "scores": {"final_number": 1.0, "token_f1": 0.5},
+        }
+        (tmp_path / name / "predictions.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    one, two = (read_answers(tmp_path / name) for name in ("one", "two"))
+    assert one.tuned["final_number"] == two.tuned["final_number"]
+    assert not one.tuned["token_f1"].keys() & two.tuned["token_f1"].keys()
+    assert how_many(one.questions & two.questions) == how_many(one.questions) == 1

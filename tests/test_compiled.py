@@ -21,7 +21,7 @@ from mlx_qlora.model import backend, frozen, lora
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.trunk import states_before
 from mlx_qlora.objectives.sft import sft
-from mlx_qlora.records import Batch, LossSum, Update
+from mlx_qlora.records import START, Batch, LossSum, Update
 from tests.conftest import in_rows, largest_difference, make_examples, randomize_adapters, same_bytes, tiny_model
 from tests.test_layouts import LAYOUTS, family
 
@@ -103,8 +103,12 @@ def test_the_largest_batch_comes_first_and_changes_nothing() -> None:
         return sft()(model, batch)
 
     plain = [report.loss for report in steps(engine(False), planned)]
-    longest = tuple(sorted(made, key=lambda one: len(one.tokens))[-2:])
-    rehearsed = replace(engine(False), rehearse=longest, objective=watched, lay_out=lambda some, _: lay_out(some, in_rows(2)))
+    longest = Update((), 0.0, tuple(sorted(made, key=lambda one: len(one.tokens))[-2:]), 0, 0, START)
+
+    def smaller(update: Update, _: int) -> tuple[Batch, ...]:
+        return lay_out(update.examples, in_rows(2))
+
+    rehearsed = replace(engine(False), rehearse=longest, objective=watched, lay_out=smaller)
     assert [report.loss for report in steps(rehearsed, planned)] == plain
     assert seen[0] == max(seen)
     assert len(seen) == 4

@@ -31,13 +31,14 @@ from mlx_qlora.data.layout import Kind, Layout, lay_out
 from mlx_qlora.data.part import open_part
 from mlx_qlora.data.render import Question, RenderConfig
 from mlx_qlora.data.sources import SourceConfig, find
-from mlx_qlora.evaluating import _layout
 from mlx_qlora.look.evaluation.answering import NAME, SoFar
+from mlx_qlora.look.evaluation.compared import RIGHT_OR_WRONG
 from mlx_qlora.look.evaluation.generate import Asking, generate, generate_answers
 from mlx_qlora.look.history import read_history
 from mlx_qlora.look.measure import measure
 from mlx_qlora.model.load import Loaded, load_tokenizer
 from mlx_qlora.objectives.sft import sft
+from mlx_qlora.plan import forward_layout
 from mlx_qlora.run import folder as run_folder
 from mlx_qlora.train import run
 
@@ -119,7 +120,7 @@ def test_a_whole_evaluation(trained: Path, tmp_path: Path, capsys: pytest.Captur
         base = sum(line["base_scores"][name] for line in known) / len(known)
         assert (score["tuned"]["value"], score["tuned"]["n"]) == (pytest.approx(mean), len(known))
         assert score["difference"]["value"] == pytest.approx(mean - base)
-        if len({line["base_scores"][name] for line in known}) == 1:
+        if len({line["base_scores"][name] for line in known}) == 1 and name not in RIGHT_OR_WRONG:
             assert score["base"]["low"] is score["base"]["high"] is None
         else:
             assert score["base"]["low"] <= base <= score["base"]["high"]
@@ -276,6 +277,69 @@ def test_a_score_of_ones_own_and_labels_by_name(small_data: Path, tmp_path: Path
     assert [each["support"] for each in report["classes"].values()] == [1, 1, 0]
 
 
+def task_rows() -> dict[str, list[dict[str, str]]]:
+    """Three tasks as BIG-Bench Hard writes them; nobody knows the answers."""
+    return {
+        "boolean_expressions": [{"input": f"not {n} is", "target": ("True", "False")[n % 2]} for n in range(5)],
+        "object_counting": [{"input": f"{n} cats and {n} dogs?", "target": str(2 * n)} for n in range(4)],
+        "word_sorting": [{"input": f"Sort {n}", "target": "gato o"} for n in range(3)],
+    }
+
+
+def test_tasks_of_a_folder_with_a_file_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As one object with examples, over many lines or in one; each is scored by its kind, and the mean counts each the same."""
+    (tmp_path / "bbh").mkdir()
+    for number, (name, rows) in enumerate(task_rows().items()):
+        text = json.dumps({"canary": 'a "GUID"', "examples": rows}, indent=number or None)
+        (tmp_path / "bbh" / f"{name}.json").write_text(text)
+    given = ["--model", "embedded", "--data", tmp_path / "bbh", "--max-answer-tokens", 3, "--data-cache", "off"]
+    assert evaluated(*given, "--output-dir", tmp_path / "out", "--limit-per-task", 4) == 0
+    report = report_of(tmp_path / "out")
+    kinds = {task: each["kind"] for task, each in report["tasks"].items()}
+    assert kinds == {"boolean_expressions": "option", "object_counting": "number", "word_sorting": "text"}
+    assert [each["tuned"]["n"] for each in report["tasks"].values()] == [4, 4, 3]
+    assert report["final"]["score"] == "final_answer"
+    assert report["labels"] is None
+    mean = sum(each["tuned"]["value"] for each in report["tasks"].values()) / 3
+    assert report["mean_over_tasks"]["tuned"]["value"] == pytest.approx(mean)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["task"] for line in lines] == ["boolean_expressions"] * 4 + ["object_counting"] * 4 + ["word_sorting"] * 3
+    with (tmp_path / "out" / "evaluation_summary.csv").open(newline="") as file:
+        table = [row for row in csv.DictReader(file) if row["score"] == "final_answer"]
+    assert [row["task"] for row in table] == ["", "boolean_expressions", "object_counting", "word_sorting"]
+    said = capsys.readouterr().out
+    assert "mean over tasks" in said
+    assert "no final answer found: " in said
+    assert "two models have to be" in said
+    # The same rows in one file, each with its task, are the same questions.
+    rows = [{"task": task} | row for task, those in task_rows().items() for row in those]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given[3] = tmp_path / "all.jsonl"
+    assert evaluated(*given, "--output-dir", tmp_path / "again", "--limit-per-task", 4) == 0
+    assert report_of(tmp_path / "again")["tasks"] == report["tasks"]
+
+
+def test_numbers_at_the_end_of_rationales(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GSM8K's rows: what is expected is the number after the mark; answers without a number are counted apart."""
+    rows = [{"question": f"{n} e {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n:,}"} for n in (1, 600)]
+    (tmp_path / "gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--model", "embedded", "--data", tmp_path / "gsm.jsonl", "--max-answer-tokens", 3, "--data-cache", "off"]
+    assert evaluated(*given, "--output-dir", tmp_path / "out") == 0
+    report = report_of(tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    none = sum(not any(letter.isdigit() for letter in line["answer"]) for line in lines)
+    assert report["final"] == {"score": "final_number", "without": {"tuned": {"answers": none, "of": 2}}}
+    assert "numeric_accuracy" not in report["scores"]
+    assert evaluated(*given, "--output-dir", tmp_path / "as", "--score-as", "option") == 0
+    assert report_of(tmp_path / "as")["final"]["score"] == "final_option"
+    (tmp_path / "gsm.jsonl").write_text('{"question": "a?", "answer": "3"}\n{"question": "b?", "answer": "four"}\n')
+    capsys.readouterr()
+    assert evaluated(*given, "--output-dir", tmp_path / "no", "--score-as", "number") == 2
+    err = capsys.readouterr().err
+    assert "--score-as number: 1 of 2 expected answers have no number in them, such as 'four' in gsm.jsonl:2" in err
+    assert not (tmp_path / "no").exists()
+
+
 def test_what_was_answered_before_it_was_broken_off_is_kept(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -407,7 +471,7 @@ def test_tiny_models_of_other_kinds_are_asked_too() -> None:
     examples = make_examples(9)
     for shape in ("mistral", "gemma2", "gemma3"):
         model = tiny_model(shape)
-        found = measure(model, sft(), lay_out(examples, _layout(model, examples)), examples)
+        found = measure(model, sft(), lay_out(examples, forward_layout(model, examples)), examples)
         plain = measure(model, sft(), lay_out(examples, Layout(Kind.PLAIN)), examples)
         assert found.mean == pytest.approx(plain.mean, rel=1e-5)
 

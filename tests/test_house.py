@@ -20,8 +20,9 @@ FLOORS = [
     {"foresee", "outlook"},
     {"plan"},
     {"resume"},
+    {"teaching"},
     {"build", "keep"},
-    {"going", "evaluating", "pace"},
+    {"going", "evaluating", "pace", "repeat", "distilling"},
     {"train"},
     {"bench"},
     {"commands", "__main__"},
@@ -99,6 +100,8 @@ def test_below_train_nothing_sees_the_run_config() -> None:
 
 def test_the_public_names() -> None:
     assert sorted(mlx_qlora.__all__) == [
+        "ChainConfig",
+        "DistillConfig",
         "EarlyStoppingConfig",
         "EarlyStoppingMonitor",
         "GradientAccumulator",

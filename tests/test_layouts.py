@@ -309,7 +309,7 @@ def test_logits_take_memory_for_a_chunk_whatever_the_batch() -> None:
             return cross_entropy_and_gradient(logits, targets, mx.ones(targets.shape))
 
         def loss(hidden: mx.array) -> mx.array:
-            return loss_in_chunks(head, hidden, marks, loss_of, [targets], chunk=64)[0]
+            return loss_in_chunks(head, hidden, marks, loss_of, [targets], chunk=64).total
 
         mx.eval(hidden, targets, marks, weight)
         mx.clear_cache()

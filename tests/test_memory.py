@@ -23,11 +23,13 @@ from mlx_qlora.engine.accumulate import GradientAccumulator
 from mlx_qlora.engine.graph import trace
 from mlx_qlora.engine.memory import Memory, MemoryConfig, bytes_of, cache_limit, evaluation_order, fit
 from mlx_qlora.engine.optim import OptimConfig, make_optimizer
-from mlx_qlora.engine.steps import Engine, micro_step, steps
+from mlx_qlora.engine.steps import Engine, Objective, micro_step, steps
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.model import backend, frozen, lora
 from mlx_qlora.model.lora import LoraConfig
 from mlx_qlora.model.trunk import PLAIN, Passage
+from mlx_qlora.objectives.distill import DistillConfig, distil
+from mlx_qlora.objectives.lesson import Lesson
 from mlx_qlora.objectives.sft import sft
 from mlx_qlora.records import START, Batch, Example, Update
 from tests.conftest import SHAPES, make_examples, tiny_model
@@ -62,10 +64,10 @@ def chats(count: int = 4, length: int = 300) -> list[Example]:
     return made
 
 
-def measured(model: nn.Module, batch: Batch, passage: Passage, elsewhere: int) -> int:
+def measured(model: nn.Module, batch: Batch, passage: Passage, elsewhere: int, objective: Objective | None = None) -> int:
     """The peak of a micro-step as MLX reports it, less what was there before the model."""
     mx.eval(model.parameters(), *batch[:6])
-    step = micro_step(Engine(model, sft(passage=passage), None, OptimConfig(), lora.dropout_keys))  # type: ignore[arg-type]
+    step = micro_step(Engine(model, objective or sft(passage=passage), None, OptimConfig(), lora.dropout_keys))  # type: ignore[arg-type]
     key = mx.random.key(0)
     mx.eval(key)
     mx.synchronize()
@@ -232,3 +234,31 @@ def test_memory_is_flat_over_a_long_run(kind: Kind) -> None:
     # Two sets of batches take turns, so what is there differs by one of them: a few kilobytes.
     assert abs(mx.get_active_memory() - early) < 50_000
     assert mx.get_peak_memory() < peak * 1.1
+
+
+@pytest.mark.skipif(not backend.on_cpu(), reason="what a GPU does was not measured")
+@pytest.mark.parametrize("kind", [Kind.PACKED, Kind.PADDED])
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_peak_of_a_student_with_its_teacher_is_foreseen(kind: Kind, kept: bool) -> None:
+    gc.collect()
+    mx.synchronize()
+    elsewhere = mx.get_active_memory()
+    student, teacher, passage = larger_model("mistral"), None if kept else larger_model("qwen2"), Passage(chunk=64)
+    (batch,) = lay_out(chats(), Layout(Kind.PLAIN if kind is Kind.PADDED else kind, rows=8))
+    one, places, config = mx.array(1.0), batch.positions.size, DistillConfig(teacher="x")
+    said = [mx.zeros((places, 64), mx.float16), mx.tile(mx.arange(64)[None], (places, 1)), mx.zeros(places)] if kept else []
+    beside = (one, mx.array(0.5), *said)
+    if teacher:
+        teacher.freeze()
+        teacher.eval()
+        mx.eval(teacher.parameters())
+    vocabulary = int(student(mx.zeros((1, 1), mx.int32)).shape[-1])
+
+    def objective(passage: Passage, teacher: nn.Module | None) -> Objective:
+        return distil(config, vocabulary, teacher, passage=passage)
+
+    need = foresee.of_step(student, batch, passage, Lesson(objective, lambda _: beside, teacher))
+    mx.eval(beside)
+    batch = batch._replace(beside=beside)
+    found = measured(student, batch, passage, elsewhere, objective(passage, teacher))
+    assert need.peak == pytest.approx(found, rel=0.1)

@@ -119,6 +119,13 @@ def test_the_numbers_are_those_of_the_metrics(tmp_path: Path) -> None:
     assert "50 s so far, about 1 min 40 s left: done at 14:01" in shown  # 200 updates of half a second
 
 
+def test_what_a_teacher_said_is_shown(tmp_path: Path) -> None:
+    told = line(1) | {"kd": 0.41407, "ce": 5.24082, "temperature": 2.0, "alpha": 0.5}
+    shown = text(at(read_history(written(tmp_path / "run", [told]))))
+    assert "teacher   divergence 0.4141, cross-entropy 5.2408; temperature 2, alpha 0.5" in shown
+    assert "teacher" not in text(at(read_history(written(tmp_path / "plain", [line(1)]))))
+
+
 def test_a_validation_counts_in_the_time_that_is_left(tmp_path: Path) -> None:
     """Updates of 1 s, each tenth followed by a validation of 4 s, and one that the machine slept through."""
     elapsed, lines = 0.0, []

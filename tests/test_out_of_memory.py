@@ -79,7 +79,7 @@ def run_with(limit: int, kind: Kind, told: list[int], seen: list[int], dropout: 
     config = OptimConfig(learning_rate=1e-2)
     engine = Engine(
         model, limited(limit, seen), make_optimizer(config, 6), config, lora.dropout_keys,
-        room=Room(256, tell=told.append), lay_out=lambda some, halvings: lay_out(some, smaller(layout, halvings)),
+        room=Room(256, tell=told.append), lay_out=lambda some, halvings: lay_out(some.examples, smaller(layout, halvings)),
     )  # fmt: skip
     planned = updates(InMemory(make_examples(12)), Order((12,), seed=0), BatchConfig(batch_size=6), layout, epochs=3)
     reports = [report for report in steps(engine, planned) if isinstance(report, StepReport)]
@@ -127,7 +127,7 @@ def test_an_update_that_runs_out_of_memory_has_changed_nothing() -> None:
     config = OptimConfig(learning_rate=1e-2)
     engine = Engine(
         model, once, make_optimizer(config, 1), config, lora.dropout_keys,
-        room=Room(64), lay_out=lambda some, halvings: lay_out(some, replace(layout, rows=2)),
+        room=Room(64), lay_out=lambda some, halvings: lay_out(some.examples, replace(layout, rows=2)),
     )  # fmt: skip
     planned = updates(InMemory(make_examples(6)), Order((6,), seed=0), BatchConfig(batch_size=6), layout, epochs=1)
     (report,) = steps(engine, planned)
@@ -168,7 +168,7 @@ def test_memory_that_ends_in_the_optimizer_leaves_its_state_as_it_was(optimizer:
         config = OptimConfig(learning_rate=1e-2, optimizer=optimizer)
         made = make_optimizer(config, 6)
         engine = Engine(
-            model, sft(), made, config, lora.dropout_keys, room=Room(64), lay_out=lambda some, _: lay_out(some, layout)
+            model, sft(), made, config, lora.dropout_keys, room=Room(64), lay_out=lambda some, _: lay_out(some.examples, layout)
         )
         planned = updates(InMemory(make_examples(12)), Order((12,), seed=0), BatchConfig(batch_size=4), layout, epochs=1)
         assert len(list(steps(engine, planned))) == 3
@@ -180,6 +180,12 @@ def test_memory_that_ends_in_the_optimizer_leaves_its_state_as_it_was(optimizer:
     assert calls == 4
 
 
+def put(monkeypatch: pytest.MonkeyPatch, objective: Any) -> None:
+    """In the place of a run's own, in validation and in training."""
+    for where in ("build", "objectives.lesson"):
+        monkeypatch.setattr(sys.modules[f"mlx_qlora.{where}"], "sft", lambda *_: objective)
+
+
 def test_a_run_remembers_it_when_it_goes_on(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig(
         model="embedded", data=str(small_data), output_dir=str(tmp_path / "run"), epochs=2, batch_size=8, eval_every=3,
@@ -188,13 +194,13 @@ def test_a_run_remembers_it_when_it_goes_on(small_data: Path, tmp_path: Path, mo
     free = replace(config, output_dir=str(tmp_path / "free"), max_steps=6)
     train(free, quiet=True)
     seen: list[int] = []
-    monkeypatch.setattr(sys.modules["mlx_qlora.build"], "sft", lambda *_: limited(600, seen))
+    put(monkeypatch, limited(600, seen))
     assert train(replace(config, memory="off", token_budget=4096), quiet=True).summary["halvings"] == 3
     found, _ = newest(tmp_path / "run")
     assert found is not None
     assert found.state["state"]["halvings"] == 3
     seen.clear()
-    monkeypatch.setattr(sys.modules["mlx_qlora.build"], "sft", lambda *_: limited(10_000, seen))
+    put(monkeypatch, limited(10_000, seen))
     more = replace(config, memory="off", token_budget=4096, max_steps=6, resume=True, resume_anyway=True)
     assert train(more, quiet=True).summary["halvings"] == 3
     after_the_check = seen[seen.index(736) + 1 :]
@@ -219,7 +225,7 @@ def test_a_checkpoint_says_how_small_the_batches_are_by_now(
             raise RuntimeError(METAL)
         return plain(model, batch)
 
-    monkeypatch.setattr(sys.modules["mlx_qlora.build"], "sft", lambda *_: ends)
+    put(monkeypatch, ends)
     monkeypatch.setattr(sys.modules["mlx_qlora.build"], "checked", lambda plan, *_: plan)
     taken: list[Any] = []
     plain_save = Keeper.save

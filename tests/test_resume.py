@@ -210,7 +210,7 @@ def test_every_setting_is_of_one_kind() -> None:
         "lora.scale", "lora.targets", "optimizer", "seed", "shuffle_buffer",
         "streaming",
     }  # fmt: skip
-    assert {"lora", "early_stopping"} == _GROUPS
+    assert {"lora", "early_stopping", "distill", "chain"} == _GROUPS
 
 
 def test_the_command_line_takes_the_settings_of_the_run(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:

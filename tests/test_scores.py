@@ -11,13 +11,15 @@ import mlx_qlora  # noqa: F401  (first: it loads the fast BLAS)
 import numpy as np
 import pytest
 
+from mlx_qlora.data.render import Question
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.look.evaluation import pictures, results, scores
 from mlx_qlora.look.evaluation.bootstrap import difference_of, estimates, mean_of
+from mlx_qlora.look.evaluation.compared import BASE, TUNED, Compared
 from mlx_qlora.look.evaluation.labels import ClassScore, classified, labels_of
 from mlx_qlora.look.evaluation.numerals import numeric_accuracy
 from mlx_qlora.look.evaluation.own_metric import load_metrics
-from mlx_qlora.look.evaluation.results import BASE, TUNED, Evaluation, loss_difference
+from mlx_qlora.look.evaluation.results import Evaluation, loss_difference
 from mlx_qlora.look.evaluation.scores import chrf, exact_match, rouge_l, scores_for, token_f1, words
 from mlx_qlora.look.evaluation.screen import told
 from mlx_qlora.look.measure import Measured, standard_error
@@ -143,7 +145,7 @@ def test_answers_that_are_all_right_are_not_sure_to_be() -> None:
     assert math.isnan(one.high)
     for count, value, noise in ((20, 0.7, False), (20, 0.0, True), (4, 0.7, True)):
         difference = estimates({"x": (mean_of(np.full(count, value)), count)}, count)["x"]
-        assert results.Compared("x", one, one, difference).within_noise is noise
+        assert Compared("x", one, one, difference).within_noise is noise
 
 
 def test_what_is_hard_for_both_models_is_no_doubt_about_their_difference() -> None:
@@ -263,7 +265,7 @@ def labelled(count: int = 60) -> Evaluation:
     metrics, _ = scores_for(expected, are_labels=True)
     weights, totals = np.full(count, 3.0), rng.random(count)
     loss = Measured(float(totals.sum() / weights.sum()), standard_error(totals, weights), totals, weights)
-    asked = [(f"test.jsonl:{number}", "O filme?", each) for number, each in enumerate(expected, start=1)]
+    asked = [Question(f"test.jsonl:{number}", "O filme?", (), each) for number, each in enumerate(expected, start=1)]
     return Evaluation(
         model="m", adapters="a", data="d", split="test", rows=count, loss=loss, base_loss=loss,
         predictions=results.predictions(asked, {TUNED: tuned, BASE: base}, metrics), metrics=tuple(metrics),

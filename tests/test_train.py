@@ -268,8 +268,16 @@ def test_the_three_ways_to_the_command_are_one() -> None:
 def test_every_file_in_examples_is_a_configuration() -> None:
     folder = Path(__file__).parent.parent / "examples"
     found = sorted(folder.glob("*.yaml"))
-    names = ["club-v1.yaml", "club-v2.yaml", "demo.yaml", "mistral-7b-v1.yaml", "mistral-7b-v2.yaml", "tiny-model.yaml"]
-    assert [path.name for path in found] == names
+    names = ["club-v1", "club-v2", "demo", "distill-cached", "distill-cascod", "distill-ce", "distill-live"]
+    names += [
+        "distill-qwen2.5-7b-1.5b",
+        "distill-qwen2.5-7b-3b",
+        "mistral-7b-v1",
+        "mistral-7b-v2",
+        "tiny-model",
+        "tiny-teacher",
+    ]
+    assert [path.stem for path in found] == names
     for path in found:
         assert yaml.safe_load(path.read_text()).keys() <= vars(RunConfig()).keys()
         from_yaml(path, RunConfig()).require_complete()

@@ -23,6 +23,7 @@ def test_the_demo_runs_from_the_wheel_alone_in_any_folder(tmp_path: Path) -> Non
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     expected = ["py.typed", "assets/demo.yaml", "assets/club/train.jsonl", "assets/mistral/model.safetensors"]
+    expected += ["assets/teacher/model.safetensors", "assets/teacher/README.md"]
     assert {f"mlx_qlora/{name}" for name in expected} <= names
     assert not any(name.startswith(("tests/", "data/")) for name in names)
     done = subprocess.run(

@@ -1,15 +1,26 @@
-"""The embedded model and the demo's data: where they lie."""
+"""The embedded models and the demo's data: where they lie."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 EMBEDDED = "embedded"
+TEACHER = "embedded-teacher"
 _HERE = Path(__file__).parent
 
 
 def embedded_model() -> Path:
     return _HERE / "mistral"
+
+
+def embedded_teacher() -> Path:
+    """A larger sibling of the embedded model, with its tokenizer, that solves word problems (`make distill`)."""
+    return _HERE / "teacher"
+
+
+def packaged(name: str) -> Path | None:
+    """The folder of a model of this package; None: the name means another model."""
+    return {EMBEDDED: embedded_model(), TEACHER: embedded_teacher()}.get(name)
 
 
 def embedded_data() -> Path:

@@ -11,6 +11,7 @@ from mlx_qlora.model.backend import missing_mlx
 # verb: (module with a main(arguments), what it does)
 VERBS = {
     "train": ("mlx_qlora.train", "fine-tune a model; --demo shows a whole run on the embedded model and data"),
+    "distill": ("mlx_qlora.commands.distill", "train a student with a teacher; make what a teacher says beforehand"),
     "plan": ("mlx_qlora.commands.plan", "before training: the work, the layout, the memory, and what to change"),
     "data": ("mlx_qlora.commands.data", "show what a data set would train, what is lost, what comes twice"),
     "evaluate": ("mlx_qlora.commands.evaluate", "score a run or any model: losses, answers, the base model beside it"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from mlx_qlora.assets import EMBEDDED, embedded_model
+from mlx_qlora.assets import packaged
 from mlx_qlora.bench.data import lay_field
 from mlx_qlora.bench.models import generate
 from mlx_qlora.bench.picture import draw, require_matplotlib
@@ -128,7 +128,7 @@ def _config(given: _Arguments) -> RaceConfig:
 
 def _located(name: str) -> Path:
     """The folder of a model, which every trainer can load; from the hub it is fetched first."""
-    return embedded_model() if name == EMBEDDED else find_folder(name)
+    return packaged(name) or find_folder(name)
 
 
 def _generated(shape: ModelShape) -> str:

@@ -15,6 +15,7 @@ from mlx_qlora.errors import ConfigError
 from mlx_qlora.look.comparison.compare import Comparison, compare
 from mlx_qlora.look.console import Console, answered
 from mlx_qlora.look.pictures.figures import over_tokens, require_matplotlib, results, save
+from mlx_qlora.look.pictures.seeds import dots
 from mlx_qlora.run.disk import write_atomically
 
 
@@ -23,14 +24,15 @@ class _Arguments:
     """Set runs side by side: settings, losses, answers, speed, memory; and say which is better, if that can be said."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ()
-    """Folders of runs, two or more. Runs that differ in their seed only are grouped, with mean and interval."""
+    """Folders of runs, or of what train --seeds has made. Runs that differ in their seed only are grouped, with mean and
+    interval."""
     baseline: str = ""
     """The run that the others are compared with; without it the first."""
     score: str = ""
     """The score that the verdict goes by: token_f1, accuracy, exact_match and so on; without it the first that is there."""
     output_dir: str = ""
-    """Write compare.md, compare.csv, compare.png, the curves of all, and compare_tokens.png, their losses over the tokens that
-    each has read, into this folder; it is made if it is not there."""
+    """Write compare.md, compare.csv, compare.png, the curves of all, compare_tokens.png, their losses over the tokens that each
+    has read, and of several seeds compare_seeds.png, a dot for each, into this folder; it is made if it is not there."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,6 +66,10 @@ def _write(found: Comparison, folder: Path) -> list[Path]:
     tokens = folder / "compare_tokens.png"
     save(results(found.histories), picture)
     save(over_tokens(found.histories), tokens)
+    seeds = folder / "compare_seeds.png"
+    if found.seeds:
+        save(dots(found.seeds), seeds)
     write_atomically(table, found.csv())
-    write_atomically(page, found.markdown(picture.name))  # last: it shows the picture
-    return [page, table, picture, tokens]
+    pictures = [picture, tokens, *([seeds] if found.seeds else [])]
+    write_atomically(page, found.markdown(picture.name, seeds.name if found.seeds else ""))  # last: it shows them
+    return [page, table, *pictures]

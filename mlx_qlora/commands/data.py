@@ -82,7 +82,8 @@ def _run(given: _Arguments) -> int:
         console.fact("skipped", *refused)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if found.sights and given.show:
-        console.say(f"\n{'green' if colour else '⟦ ⟧'} is trained, the rest is what the model sees before:")
+        more = ", × with this weight, → in place of what follows" if any(sight.remarks for sight in found.sights) else ""
+        console.say(f"\n{'green' if colour else '⟦ ⟧'} is trained{more}, the rest is what the model sees before:")
         before = None
         for sight in found.sights[: given.show]:
             console.say(f"\n{shown(sight, colour, before)}")

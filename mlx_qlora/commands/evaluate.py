@@ -40,6 +40,8 @@ class _Asked:
     """Ask so many of them, the first ones; without a number all; 0: none, only losses are measured."""
     max_answer_tokens: int = 128
     """Longest answer."""
+    max_rationale_tokens: int | None = None
+    """Of chains of thought: the longest rationale of the model's own; without a number twice the longest in the data."""
     temperature: float = 0.0
     """0: each token is the likeliest one; above, they are drawn."""
     seed: int = 0
@@ -52,6 +54,11 @@ class _Asked:
     """Scores of your own: functions (answer, expected) -> number."""
     labels: str = ""
     """The labels that answers are, as a,b,c. Without it they are told from the expected answers."""
+    score_as: Literal["number", "option", "text"] | None = None
+    """What counts of an answer that reasons: its final number, the option that it names, or its final phrase. Without it told
+    from the expected answers, task by task."""
+    limit_per_task: int | None = None
+    """Ask so many questions of each task, the first ones. A row's task is its field task, or else the name of its file."""
     window: int | None = None
     """Of raw text: tokens that are read at once. Without it max_seq_length, and never more than the model was made for."""
     stride: int | None = None
@@ -185,11 +192,14 @@ def _wanted(given: _Arguments, kept: RunConfig | None) -> Wanted:
         whole=not own_data,
         questions=given.questions,
         max_answer_tokens=given.max_answer_tokens,
+        max_rationale_tokens=given.max_rationale_tokens,
         temperature=given.temperature,
         batch_size=given.batch_size,
         base=given.base,
         metrics=given.metric,
         labels=_list(given.labels),
+        score_as=given.score_as,
+        limit_per_task=given.limit_per_task,
         worst=given.worst,
         harness=_list(given.harness),
         harness_limit=given.limit,

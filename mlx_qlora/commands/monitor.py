@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -17,6 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from mlx_qlora.errors import ConfigError, RunFolderError, require
+from mlx_qlora.look.comparison.contender import seed_folders
 from mlx_qlora.look.console import answered
 from mlx_qlora.look.history import read_history
 from mlx_qlora.look.monitor.follow import Follower
@@ -58,7 +60,7 @@ def _run(given: _Arguments) -> int:
     if not folder:
         raise ConfigError("the folder of a run is missing: mlx-qlora monitor RUN, with what train's --output-dir said.")
     require((_LEAST_S <= given.refresh < 1e6, "refresh", given.refresh, f"seconds from {_LEAST_S} on"))
-    follower = Follower(folder)
+    follower = Follower(_of_seeds(folder))
     if follower.folder.exists() and not follower.folder.is_dir():
         raise RunFolderError(f"{follower.folder}: it is a file; the folder of a run is expected.")
     terminal = Terminal(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -66,6 +68,16 @@ def _run(given: _Arguments) -> int:
         return _once(follower, terminal)
     live = sys.stdout.isatty() and not terminal.is_dumb_terminal
     return (_follow if live else _report)(follower, terminal, given.refresh)
+
+
+def _of_seeds(folder: str) -> str:
+    """Of runs with several seeds, the one that was written to last."""
+    found = seed_folders(Path(folder).expanduser())
+    return str(max(found, key=_written_at)) if found else folder
+
+
+def _written_at(folder: Path) -> float:
+    return max(file.stat().st_mtime for file in folder.iterdir())
 
 
 def _once(follower: Follower, terminal: Terminal) -> int:

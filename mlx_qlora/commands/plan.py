@@ -34,6 +34,7 @@ from mlx_qlora.outlook import from_nothing, of_tokens, other, planned, warnings
 from mlx_qlora.pace import Pace, measure
 from mlx_qlora.plan import Change, Plan, alternatives, choose, choose_without_data, foresight_of, longest_of
 from mlx_qlora.run.disk import write_json
+from mlx_qlora.teaching import open_teaching
 
 _PROG = "mlx-qlora plan"
 
@@ -101,7 +102,7 @@ def _run(config: RunConfig, asked: _Asked) -> int:
     beyond = other(Path(asked.compare_with).expanduser(), others, console.preparing) if asked.compare_with else None
     pace = measure(config, console.say) if asked.measure else None
     said = _exposed(exposure, config, asked, beyond, pace, console)
-    fits = _fits(config, loaded, corpus, windows=tokens is not None) if loaded else None
+    fits = _fits(config, loaded, corpus, tokens is not None, console) if loaded else None
     if fits:
         _show(fits, console)
     if asked.json:
@@ -285,11 +286,15 @@ def _exposure_json(
 # Memory
 
 
-def _fits(config: RunConfig, loaded: Loaded, corpus: Corpus | None, windows: bool) -> _Fits:
+def _fits(config: RunConfig, loaded: Loaded, corpus: Corpus | None, windows: bool, console: Console) -> _Fits:
     model = loaded.model
-    plan = choose(config, model, corpus) if corpus else choose_without_data(config, model, windows)
+    teaching = open_teaching(config, loaded, outlined=True)
+    lesson = teaching.lesson(config.label_smoothing) if teaching else None
+    if teaching:
+        console.fact("teacher", *teaching.describe)
+    plan = choose(config, model, corpus, 0, lesson) if corpus else choose_without_data(config, model, windows, lesson)
     examples = longest_of(config, corpus) if corpus else longest([config.max_seq_length] * config.examples_per_update)
-    changes = alternatives(plan, config, foresight_of(config, model, examples)) if plan.memory else []
+    changes = alternatives(plan, config, foresight_of(config, model, examples, lesson)) if plan.memory else []
     return _Fits(plan, changes, config.part(MemoryConfig).limit(backend.memory()))
 
 

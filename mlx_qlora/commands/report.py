@@ -12,6 +12,7 @@ import tyro
 from mlx_qlora.config import RunConfig, flat
 from mlx_qlora.errors import ConfigError, RunFolderError
 from mlx_qlora.files import small_text
+from mlx_qlora.look.comparison.contender import seed_folders
 from mlx_qlora.look.console import Console, answered
 from mlx_qlora.look.history import History, read_history
 from mlx_qlora.look.pages.page import GENERATOR
@@ -29,7 +30,7 @@ class _Arguments:
     """Draw a run's curves, and write a page about it that opens anywhere; of several runs, one page with them side by side."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = ()
-    """Folders of runs, finished or going on."""
+    """Folders of runs, finished or going on, or of what train --seeds has made."""
     output: str = ""
     """Where the page is written; without: report.html in the run's folder, or of several runs in this one."""
     theme: Literal["light", "dark"] = "light"
@@ -64,13 +65,15 @@ def _run(given: _Arguments) -> int:
 def _histories(runs: Sequence[str]) -> list[History]:
     if not runs:
         raise ConfigError("which run? Name its folder: mlx-qlora report runs/first; or several, to have them side by side.")
-    if len(runs) > _MOST:
-        raise ConfigError(f"{len(runs)} runs came; {_MOST} are the most that can be told apart on one page.")
-    histories = [read_history(run) for run in runs]
+    paths = [run for named in map(Path, runs) for run in seed_folders(named.expanduser()) or [named]]
+    if len(paths) > _MOST:
+        raise ConfigError(f"{len(paths)} runs came; {_MOST} are the most that can be told apart on one page.")
+    histories = [read_history(path) for path in paths]
     folders = [history.folder.resolve() for history in histories]
     for place, folder in enumerate(folders):
         if folder in folders[:place]:
-            raise ConfigError(f"{runs[folders.index(folder)]} and {runs[place]} are the same run; name it once.")
+            one, two = histories[folders.index(folder)].folder, histories[place].folder
+            raise ConfigError(f"{one} and {two} are the same run; name it once.")
     return histories
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_qlora.data.chain import ChainConfig
 from mlx_qlora.data.corpus import Corpus
 from mlx_qlora.data.order import shuffled
 from mlx_qlora.data.prepare import ExampleSet, KeptSet, row_of
@@ -66,10 +67,11 @@ class Leak:
 
 @dataclass(frozen=True)
 class Sight:
-    """An example as text: pieces, and whether each is trained."""
+    """An example as text: pieces, and whether each is trained; where that is not all, what is to be said of each."""
 
     id: str
     pieces: tuple[tuple[str, bool], ...]
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Audit:
     refusals: tuple[str, ...]
     sights: tuple[Sight, ...] = ()
     windows: str = ""  # how text is cut into windows, if it is
+    chain: str = ""  # how rationale and answer are weighed, if they are
 
     def to_json(self) -> dict[str, Any]:
         value = asdict(replace(self, accounts={}, sights=()))
@@ -122,6 +125,7 @@ class Audit:
             ),
             refusals=tuple(value["refusals"]),
             windows=str(value.get("windows", "")),
+            chain=str(value.get("chain", "")),
         )
 
 
@@ -177,6 +181,7 @@ def audit(corpus: Corpus, look_at: int = 20_000, show: int = 0) -> Audit:
         refusals=corpus.refusals,
         sights=sights(corpus.train, corpus.renderer.tokenizer, show) if corpus.train is not None else (),
         windows=_windows(corpus.windows) if corpus.windows else "",
+        chain=str(corpus.render.chain) if corpus.render.chain.on else "",
     )
 
 
@@ -189,7 +194,8 @@ def _sizes(corpus: Corpus) -> dict[str, Size]:
         longest = max(account.longest)[0] if account.longest else 0
         longest = min(longest, corpus.windows.window) if corpus.windows else longest
         tokens, supervised = int(made.lengths.sum()), int(made.supervised.sum())
-        sizes[split] = Size(rows, made.documents if corpus.windows else len(made), tokens, supervised, longest, _digest(made))
+        count, digest = made.documents if corpus.windows else len(made), _digest(made, corpus.render.chain)
+        sizes[split] = Size(rows, count, tokens, supervised, longest, digest)
     return {split: sizes[split] for split in SPLITS if split in sizes}
 
 
@@ -201,10 +207,11 @@ def _windows(windows: Windows) -> str:
     return f"{len(windows):,} of {ruler.window:,} tokens, {counts}; {over}"
 
 
-def _digest(examples: KeptSet) -> str:
+def _digest(examples: KeptSet, chain: ChainConfig) -> str:
     """What they are, in few letters, in whatever order and from whatever file: losses on the same are comparable."""
     each = np.stack([examples.hashes, examples.prompts, examples.supervised.astype(np.uint64)])
-    return hashlib.blake2b(each[:, np.lexsort(each)].tobytes(), digest_size=8).hexdigest()
+    weighed = str(chain).encode() if chain.on else b""  # the same tokens with other weights have other losses
+    return hashlib.blake2b(each[:, np.lexsort(each)].tobytes() + weighed, digest_size=8).hexdigest()
 
 
 def sights(examples: ExampleSet, tokenizer: Tokenizer, most: int) -> tuple[Sight, ...]:
@@ -212,17 +219,35 @@ def sights(examples: ExampleSet, tokenizer: Tokenizer, most: int) -> tuple[Sight
 
 
 def sight(example: Example, tokenizer: Tokenizer) -> Sight:
-    """An example decoded, its trained runs apart from the rest."""
-    trained = example.weights > 0
-    edges = [0, *(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), len(trained)]
-    pieces, before = [], ""
+    """An example decoded, its trained runs apart from the rest. What is predicted in place of the token that stands there is a
+    piece of its own, and that token is not trained."""
+    replaced = (example.wanted != example.tokens) & (example.weights > 0)
+    weights = np.where(replaced, 0, example.weights)
+    begins = np.flatnonzero((weights[1:] != weights[:-1]) | replaced[1:]) + 1
+    edges = [0, *begins.tolist(), len(weights)]
+    weighed = bool((example.weights * (1 - example.weights)).any())
+    pieces, remarks, before = [], [], ""
     for start, end in pairwise(edges):
+        if replaced[start]:
+            pieces.append((f"→{tokenizer.decode([int(example.wanted[start])])}", True))
+            remarks.append(_weight(example.weights[start]))
+            if remarks[-2:-1] == remarks[-1:]:  # what goes on is said once
+                remarks[-2] = ""
         text = tokenizer.decode(example.tokens[:end].tolist())
         # An unfinished character at an edge is decoded otherwise once it is whole; then the piece stands for itself.
         own = text[len(before) :] if text.startswith(before) else tokenizer.decode(example.tokens[start:end].tolist())
-        pieces.append((own, bool(trained[start])))
+        pieces.append((own, bool(weights[start])))
+        remarks.append(_weight(weights[start]))
         before = text
-    return Sight(example.id, tuple(pieces))
+    return Sight(example.id, tuple(pieces), tuple(remarks) if weighed else ())
+
+
+def _weight(weight: float) -> str:
+    """
+    >>> _weight(1 / 12), _weight(0)
+    ('×0.0833', '')
+    """
+    return f"×{weight:.3g}" if weight else ""
 
 
 def _sample(examples: KeptSet, most: int) -> NDArray[np.int64]:

@@ -16,6 +16,7 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
+from mlx_qlora.data.chain import Link
 from mlx_qlora.data.formats import Marks, RowError, Talk, Turn, with_short_call_ids
 from mlx_qlora.data.templates import Template, Tokenizer
 
@@ -50,6 +51,9 @@ class Piece:
     escaped: bool = False  # written with stand-ins for special tokens, see `Specials`
     notes: list[str] = field(default_factory=list)
     goes_on: bool = False  # the next one begins where this one ends
+    link: Link | None = None  # what follows, where this is a prompt with its rationale
+    share: float | None = None  # what its trained tokens weigh together; None: each has the weight of its span
+    name: str = ""  # of its example, among those of its row
 
 
 class Specials:
@@ -112,7 +116,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class ChatRenderer:
     """Conversations -> pieces, by the tokenizer's own template, in transformers' sandbox."""
 
-    def __init__(self, tokenizer: Tokenizer, train_on: TrainOn, template: str = "the model's own"):
+    def __init__(self, tokenizer: Tokenizer, train_on: TrainOn, template: str = "the model's own", obey_marks: bool = True):
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.specials = Specials(tokenizer)
@@ -120,7 +124,8 @@ class ChatRenderer:
         self._steady: dict[tuple[str, ...], int] = {}  # by roles: how often an earlier answer stood as it does at the end
         self._closing: tuple[str, str] | None = None
         self._eos: str = getattr(tokenizer, "eos_token", None) or ""
-        self._marks = isinstance(own := getattr(tokenizer, "chat_template", None), str) and bool(_GENERATION.search(own))
+        own = getattr(tokenizer, "chat_template", None) if obey_marks else None
+        self._marks = isinstance(own, str) and bool(_GENERATION.search(own))
 
     def render(self, talk: Talk, *, ask: bool = False) -> str:
         """The text of a conversation; `ask` adds what leads the model to answer."""

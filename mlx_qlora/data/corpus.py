@@ -151,6 +151,11 @@ def gather(
         raise ConfigError(
             "streaming: windows are read from the disk as their turn comes, however much text it is; leave it out."
         )
+    if ruler and render.chain.on:
+        raise ConfigError(
+            f"chain.kind: {render.chain.kind} came with text that is trained as windows, which have no answers. Rows with a "
+            "question, a rationale and an answer are expected; or leave chain.kind off."
+        )
     how = replace(render, max_seq_length=WHOLE) if ruler else render
     renderer = Renderer(tokenizer, how, config)
     prepared, refusals, warm = _prepared(Preparation(config, how, renderer, config.data_cache, progress, strict), sources)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from mlx_qlora.data.sources import Row
 
-Format = Literal["auto", "messages", "sharegpt", "prompt", "alpaca", "question", "text"]
+Format = Literal["auto", "messages", "sharegpt", "prompt", "alpaca", "question", "input", "text"]
 ROLES = ("system", "user", "assistant", "tool")
 # [begin, end) in characters of a message's content, and the weight there.
 MarkedSpan = tuple[int, int, float]
@@ -47,6 +47,7 @@ class Talk:
     turns: tuple[Turn, ...]
     tools: tuple[dict[str, Any], ...] | None = None
     weight: float = 1.0
+    rationale: Any = None  # what stands in the field of this name, beside the last answer
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Pair:
     completion: str
     weight: float = 1.0
     marks: Marks = None
+    rationale: Any = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def understand(row: Row, format: Format = "auto", fields: Mapping[str, str] | No
         meaning = (
             replace(meaning, turns=tuple(replace(turn, marks=False) for turn in meaning.turns)) if marks is False else meaning
         )
+    if value.get("rationale") not in (None, "") and not isinstance(meaning, Plain):
+        meaning = replace(meaning, rationale=value["rationale"])
     return name, replace(meaning, weight=_weight(value["weight"], "weight")) if "weight" in value else meaning
 
 
@@ -98,6 +102,7 @@ _KNOWN_BY: dict[str, tuple[tuple[str, ...], str]] = {
     "prompt": (("prompt", "completion"), '{"prompt": "...", "completion": "..."}'),
     "alpaca": (("instruction", "output"), '{"instruction": "...", "output": "..."}'),
     "question": (("question", "answer"), '{"question": "...", "answer": "..."}'),
+    "input": (("target", "input"), '{"input": "...", "target": "..."}'),
     "text": (("text",), '{"text": "..."}'),
 }
 
@@ -114,7 +119,7 @@ def _recognise(value: Mapping[str, Any]) -> str:
     raise RowError(f"{found} came, {', '.join(others)} or {last} is expected. Columns of other names: --fields.")
 
 
-_OPTIONAL = ("input", "system", "tools", "weight", "train")  # a row may lack them
+_OPTIONAL = ("input", "system", "tools", "weight", "train", "rationale")  # a row may lack them
 
 
 def _renamed(value: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
@@ -177,6 +182,10 @@ def _question(value: Mapping[str, Any]) -> Talk:
     return _exchange(value, _text(value, "question"), _text(value, "answer"))
 
 
+def _input(value: Mapping[str, Any]) -> Talk:
+    return _exchange(value, _text(value, "input"), _text(value, "target"))
+
+
 def _plain(value: Mapping[str, Any]) -> Plain:
     return Plain(_text(value, "text"), marks=_marks(value.get("train"), "train"))
 
@@ -190,7 +199,8 @@ def _exchange(value: Mapping[str, Any], question: str, answer: str) -> Talk:
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], Meaning]] = {
-    "messages": _messages, "sharegpt": _sharegpt, "prompt": _prompt, "alpaca": _alpaca, "question": _question, "text": _plain,
+    "messages": _messages, "sharegpt": _sharegpt, "prompt": _prompt, "alpaca": _alpaca, "question": _question, "input": _input,
+    "text": _plain,
 }  # fmt: skip
 
 
@@ -354,6 +364,11 @@ def _tools(tools: Any) -> tuple[dict[str, Any], ...] | None:
 
 
 # Values
+
+
+def rationale_of(meaning: Talk | Pair) -> str | None:
+    """The rationale beside an answer, checked; rows whose rationale nobody asks for may hold anything there."""
+    return None if meaning.rationale is None else _text({"rationale": meaning.rationale}, "rationale")
 
 
 def _list(value: Mapping[str, Any], key: str) -> list[Any]:

@@ -161,7 +161,7 @@ def _batch(
 ) -> Batch:
     """The same target at the same position, which two examples have in common, is one place with both weights."""
     positions = np.concatenate(places)
-    targets = np.concatenate([example.tokens[1:][_places(example)] for example in examples])
+    targets = np.concatenate([example.wanted[1:][_places(example)] for example in examples])
     weights = np.concatenate([example.weights[1:][_places(example)] for example in examples])
     keys, which = np.unique(positions.astype(np.int64) << 32 | targets, return_inverse=True)
     filled = filled if filled >= max(1, len(keys)) else round_up(len(keys), _PLACES_STEP)
@@ -179,6 +179,11 @@ def _filled(values: NDArray[Any], length: int, dtype: type) -> mx.array:
     whole: NDArray[Any] = np.zeros(length, dtype)
     whole[: len(values)] = values
     return mx.array(whole)
+
+
+def supervised_marks(example: Example) -> NDArray[np.uint64]:
+    """What names an example's supervised places in every layout."""
+    return histories(example.tokens[:-1])[_places(example)]
 
 
 def histories(tokens: NDArray[np.int32]) -> NDArray[np.uint64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -10,13 +11,14 @@ from typing import Literal
 from mlx_qlora.data.formats import Meaning, Plain, RowError, understand
 from mlx_qlora.data.prepare import Preparation, Prepared, iterate, row_of, split_off
 from mlx_qlora.data.render import WHOLE, Question, RenderConfig, Renderer, question
-from mlx_qlora.data.sources import SPLITS, BadRow, File, Row, Source, SourceConfig, read
+from mlx_qlora.data.sources import SPLITS, BadRow, File, Row, Source, SourceConfig, read, task_of
 from mlx_qlora.data.templates import Tokenizer
 from mlx_qlora.data.windows import Ruler, Stream, split_text
 from mlx_qlora.errors import DataError
 from mlx_qlora.records import Example
 
 Split = Literal["test", "valid", "train"]
+_NAMED = 5  # files that are called by their names
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,9 @@ class Part:
     only: frozenset[str] | None  # ids of its rows, where it is not all of the files
     in_part: frozenset[str] = frozenset()  # ids of the texts of which only one end is in it
 
-    def questions(self, most: int | None) -> list[Question]:
+    def questions(self, most: int | None, of_each_task: int | None = None) -> list[Question]:
         """Questions with answers, the first ones."""
-        return questions_of(self.files, self.only, self.renderer, self.config, most)
+        return questions_of(self.files, self.only, self.renderer, self.config, most, of_each_task)
 
     def text_bytes(self) -> dict[str, int]:
         """UTF-8 bytes of the text of each row, by its id, without the letters of an end of text; of those that are wholly
@@ -63,12 +65,36 @@ def _meaning(row: Row | BadRow | None, config: SourceConfig) -> Meaning | None:
 
 
 def questions_of(
-    files: Iterable[File], only: frozenset[str] | None, renderer: Renderer, config: SourceConfig, most: int | None
+    files: Iterable[File],
+    only: frozenset[str] | None,
+    renderer: Renderer,
+    config: SourceConfig,
+    most: int | None,
+    of_each_task: int | None = None,
 ) -> list[Question]:
-    """The first questions with answers among the rows of files; `only`: the ids of rows that count."""
-    rows = (row for row in read(files) if isinstance(row, Row) and (only is None or row.id in only))
-    asked = (one for row in rows if (one := question(row, renderer, config)))
-    return list(islice(asked, most))
+    """The first questions with answers among the rows of files, the first ones of each task where so many are wanted;
+    `only`: the ids of rows that count. A row's task stands in its field `task`, else several files are a task each."""
+    files = tuple(files)
+    asked = (
+        replace(one, task=_task(row, task_of(file) if len(files) > 1 else "", config))
+        for file in files
+        for row in file.read()
+        if isinstance(row, Row) and (only is None or row.id in only) and (one := question(row, renderer, config))
+    )
+    return list(islice(_first(asked, of_each_task), most))
+
+
+def _task(row: Row, otherwise: str, config: SourceConfig) -> str:
+    own = row.value.get(config.fields.get("task", "task"))
+    return str(own) if isinstance(own, str | int) and str(own).strip() else otherwise
+
+
+def _first(asked: Iterable[Question], of_each_task: int | None) -> Iterator[Question]:
+    counts = Counter[str]()
+    for one in asked:
+        counts[one.task] += 1
+        if of_each_task is None or counts[one.task] <= of_each_task:
+            yield one
 
 
 def open_part(
@@ -110,7 +136,7 @@ def open_part(
     if wanted in there and (wanted != "train" or whole or "valid" in there):
         renderer, made = prepared(stored, own)
         examples = [example for each in made for example in _examples(each, texts)]
-        names, rows = ", ".join(file.name for file in files), len({row_of(example.id) for example in examples})
+        names, rows = _names(files), len({row_of(example.id) for example in examples})
         return Part(wanted, names, rows, examples, config, renderer, files, None)
     if wanted == "test" or "train" not in there:
         raise DataError(f"--split {wanted}: {', '.join(config.sources)} has no {wanted} rows, but {' and '.join(there)}.")
@@ -141,6 +167,11 @@ def open_part(
         examples = [example for each in made for example in _examples(each, texts) if row_of(example.id) in ids]
     only = frozenset(row_of(example.id) for example in examples)
     return Part(wanted, said, len(only), examples, config, renderer, files, only, frozenset(in_part))
+
+
+def _names(files: Sequence[File]) -> str:
+    names = [file.name for file in files]
+    return ", ".join(names if len(names) <= _NAMED else [*names[:_NAMED], f"and {len(names) - _NAMED} more"])
 
 
 def _first_of(there: Sequence[str], otherwise: Split) -> Split:

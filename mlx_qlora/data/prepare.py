@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from mlx_qlora.data.order import shuffled
 from mlx_qlora.data.render import Account, Refusals, RenderConfig, Renderer, refused, too_long
 from mlx_qlora.data.sources import DiskFile, File, Source, SourceConfig, read
+from mlx_qlora.data.tokens import Encoded, replaced
 from mlx_qlora.errors import DataError
 from mlx_qlora.files import small_text
 from mlx_qlora.records import Example
@@ -47,13 +48,17 @@ _INDEX = np.dtype(
     ]
 )  # fmt: skip
 _PACK = struct.Struct("<QQQQQIIIIII").pack
-_SPAN = np.dtype([("begin", "<u4"), ("end", "<u4"), ("weight", "<f4")])
+_SPAN = np.dtype([("begin", "<u4"), ("end", "<u4"), ("weight", "<f4"), ("target", "<i4")])
+_ITSELF = -1  # as target: each token of the span is its own
 _STALE_S = 3600.0
 _MOST_MANIFEST = 2**26
-_PACK_SPAN = struct.Struct("<IIf").pack
+_PACK_SPAN = struct.Struct("<IIfi").pack
 _FILES = ("tokens.bin", "spans.bin", "index.bin")
 MOST_SPLIT_OFF = 2000  # rows for validation, however many there are
 _CONTINUED = 1 << 31  # in `part`: a piece that goes on where the one before it ended, in the same document
+_NAMED = 1 << 30  # in `part`: one of the tasks that a row is trained for
+_TASKS = ("rationale", "answer")
+TASK_ENDS = tuple(f"#{task}" for task in _TASKS)  # of the ids of such examples
 
 
 class ExampleSet(Protocol):
@@ -92,7 +97,8 @@ class Prepared:
         at = self._index[number]
         tokens, spans = self._stored(at)
         self._require_sound(at, tokens, spans)
-        return Example(self._id(at), tokens.astype(np.int32), _weights(spans, 0, len(tokens)))
+        whole = tokens.astype(np.int32)
+        return Example(self._id(at), whole, _weights(spans, 0, len(tokens)), replaced(whole, _targets(spans)))
 
     def part(self, number: int, begin: int, end: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """(tokens, weights) of an example from one place to another, or to its end. Its checksum is looked at once."""
@@ -181,7 +187,8 @@ class Prepared:
 
     def _id(self, at: Any) -> str:
         number = int(at["part"])
-        part = f"+{number - _CONTINUED}" if number >= _CONTINUED else f"#{number}" if number else ""
+        named = _TASKS[number % 2] if _NAMED <= number < _CONTINUED else number
+        part = f"+{number - _CONTINUED}" if number >= _CONTINUED else f"#{named}" if number else ""
         return f"{self._names[int(at['name'])]}:{at['line']}{part}"
 
 
@@ -442,19 +449,20 @@ class Preparation:
             token_place = span_place = 0
             for id, made in self.renderer.encoded(read(files), account, refusals):
                 raw = made.tokens.astype(token_type).tobytes()
-                packed = b"".join(_PACK_SPAN(*span) for span in made.spans)
+                packed = b"".join(_PACK_SPAN(*span) for span in _stored_spans(made))
                 name, line, part = _parts(id)
                 in_pieces = in_pieces or part >= _CONTINUED
                 begun = made.spans[0][0] * token_type.itemsize  # where training begins
                 known = (
-                    token_place, span_place, line, _hash(raw, 0), _hash(raw[:begun]), len(made.tokens), len(made.spans),
+                    token_place, span_place, line, _hash(raw, 0), _hash(raw[:begun]), len(made.tokens),
+                    len(packed) // _SPAN.itemsize,
                     made.supervised, names.setdefault(name, len(names)), part,
                 )  # fmt: skip
                 index.write(_PACK(*known, zlib.crc32(packed, zlib.crc32(raw, zlib.crc32(_PACK(*known, 0))))))
                 tokens.write(raw)
                 spans.write(packed)
                 token_place += len(made.tokens)
-                span_place += len(made.spans)
+                span_place += len(packed) // _SPAN.itemsize
                 if account.examples % 256 == 0:
                     self.progress(account.rows)
             for file in (tokens, spans, index):
@@ -506,15 +514,35 @@ def _parts(id: str) -> tuple[str, int, int]:
     name, _, place = id.rpartition(":")
     line, _, part = place.partition("#")
     line, _, piece = line.partition("+")
+    if part in _TASKS:
+        return name, int(line), _NAMED + _TASKS.index(part)
     return name, int(line), int(piece) + _CONTINUED if piece else int(part or 0)
 
 
 def _weights(spans: NDArray[Any], begin: int, end: int) -> NDArray[np.float32]:
     """The weights of tokens from one place to another."""
     weights = np.zeros(max(0, end - begin), np.float32)
-    for first, last, weight in spans.tolist():
+    for first, last, weight, _ in spans.tolist():
         weights[max(0, first - begin) : max(0, last - begin)] = weight
     return weights
+
+
+def _stored_spans(made: Encoded) -> Iterator[tuple[int, int, float, int]]:
+    """The spans with their targets: a place that is not its own target is a span of its own."""
+    for first, last, weight in made.spans:
+        for place in sorted(place for place in made.targets if first <= place < last):
+            if first < place:
+                yield first, place, weight, _ITSELF
+            yield place, place + 1, weight, made.targets[place]
+            first = place + 1
+        if first < last:
+            yield first, last, weight, _ITSELF
+
+
+def _targets(spans: NDArray[Any]) -> dict[int, int]:
+    """What is predicted where, as far as it is another than the token there."""
+    other = spans[spans["target"] != _ITSELF]
+    return dict(zip(other["begin"].tolist(), other["target"].tolist(), strict=True))
 
 
 def _mapped(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
@@ -581,8 +609,8 @@ def _code_digest() -> str:
     from importlib.metadata import version
 
     here = Path(__file__).parent
-    names = ("sources.py", "formats.py", "templates.py", "chat.py", "tokens.py", "render.py", "prepare.py")
-    code = b"".join((here / name).read_bytes() for name in names)
+    names = ("sources", "formats", "templates", "chat", "chain", "thoughts", "tokens", "render", "prepare")
+    code = b"".join((here / f"{name}.py").read_bytes() for name in names)
     return _digest(code + version("transformers").encode())
 
 

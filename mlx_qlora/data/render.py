@@ -5,15 +5,17 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from mlx_qlora.data.chain import Chain, ChainConfig, chain_of
 from mlx_qlora.data.chat import ChatRenderer, Piece, Span, TrainOn
 from mlx_qlora.data.formats import Marks, Meaning, Pair, Plain, RowError, Talk, Turn, understand
 from mlx_qlora.data.sources import BadRow, Row, SourceConfig
 from mlx_qlora.data.templates import Tokenizer, choose_template, has_template
+from mlx_qlora.data.thoughts import chained, linked
 from mlx_qlora.data.tokens import Encoded, Encoder
 from mlx_qlora.errors import DataError, require
 from mlx_qlora.records import Example
@@ -40,11 +42,24 @@ class RenderConfig:
     """What longer ones do: end the run, be left out, lose their start, lose their end, or be split at turn borders."""
     min_supervised_tokens: int = 1
     """Examples with fewer trained tokens are left out and counted."""
+    chain: ChainConfig = field(default_factory=ChainConfig)
 
     def __post_init__(self) -> None:
         require(
             (self.max_seq_length >= 2, "max_seq_length", self.max_seq_length, "a whole number from 2"),
             (self.min_supervised_tokens >= 1, "min_supervised_tokens", self.min_supervised_tokens, "a whole number from 1"),
+            (
+                not self.chain.on or self.train_on in (TrainOn.ASSISTANT, TrainOn.LAST),
+                "train_on",
+                self.train_on.value,
+                "last, with chain.kind (the last answer is trained, as rationale and answer),",
+            ),
+            (
+                not self.chain.on or self.truncation in ("error", "drop"),
+                "truncation",
+                self.truncation,
+                "error or drop, with chain.kind (a chain of thought that is cut says something else),",
+            ),
         )
 
 
@@ -146,7 +161,9 @@ class Renderer:
         self.tokenizer = tokenizer
         self.config = config
         self._source = source
-        self._chat = ChatRenderer(tokenizer, config.train_on, self.template)
+        # A chain is the last answer, and of it alone is said what is trained.
+        train_on = TrainOn.LAST if config.chain.on else config.train_on
+        self._chat = ChatRenderer(tokenizer, train_on, self.template, obey_marks=not config.chain.on)
         self._encoder = Encoder(tokenizer, self._chat.specials)
         # Prompt and completion for a base model follow each other as they stand; for a chat model they are a chat.
         self._pairs_are_chats = self.had_template or bool(config.chat_template)
@@ -181,6 +198,16 @@ class Renderer:
         return [made.example(id) for id, made in fitted]
 
     def pieces(self, meaning: Meaning) -> list[Piece]:
+        if self.config.chain.on:
+            return chained(self._chain(meaning), self.config.chain, self._written)
+        return self._written(meaning)
+
+    def _chain(self, meaning: Meaning) -> Chain:
+        if isinstance(meaning, Pair) and self._pairs_are_chats:
+            meaning = as_talk(meaning)
+        return chain_of(meaning, self.config.chain, self.tokenizer.eos_token)
+
+    def _written(self, meaning: Meaning) -> list[Piece]:
         if isinstance(meaning, Talk):
             return self._chat.pieces(meaning)
         if isinstance(meaning, Pair):
@@ -188,6 +215,25 @@ class Renderer:
                 return self._chat.pieces(as_talk(meaning))
             return [self._pair(meaning)]
         return [self._plain(meaning)]
+
+    def chain_question(self, id: str, meaning: Meaning) -> Question | None:
+        """What a row asks that ends in a chain of thought."""
+        chain, own = self._chain(meaning), self.config.chain
+        if isinstance(chain.asked, Talk) and isinstance(meaning, Talk) and len(chain.asked.turns) < len(meaning.turns):
+            return None  # somebody else speaks last
+        asked = chain.asked.prompt if isinstance(chain.asked, Pair) else chain.asked.turns[-2].content
+        if own.kind == "step_by_step":  # the answer is asked for without its rationale
+            tokens = self._prompt_of(chain.answered(chain.answer, own.words[1]))
+            return Question(id, asked, tuple(tokens), chain.answer)
+        parts = self._encoder.parts(linked(chain, own, self._written))
+        return Question(
+            id, asked, tuple(parts.prompt), chain.answer, chain.rationale.strip(), tuple(parts.rationale), tuple(parts.cue)
+        )
+
+    def _prompt_of(self, asked: Talk | Pair) -> list[int]:
+        if isinstance(asked, Pair):
+            return self.pair_prompt(asked.prompt)
+        return self.prompt(replace(asked, turns=asked.turns[:-1]))
 
     def prompt(self, talk: Talk) -> list[int]:
         """The tokens that lead the model to answer a conversation."""
@@ -223,6 +269,8 @@ class Renderer:
             refusals.add(row.id, str(error))
             return None
         account.formats[name] += 1
+        if not self.config.chain.on and not isinstance(meaning, Plain) and meaning.rationale is not None:
+            account.notes["no_chain"] += 1
         return rendered
 
     def _submit(self, block: list[_Rendered]) -> list[list[Any]]:
@@ -245,7 +293,7 @@ class Renderer:
             return []
         for note in {note for each in encoded for note in each.notes}:
             account.notes[note] += 1
-        if len(encoded) > 1:
+        if len(encoded) > 1 and not self.config.chain.on:
             account.notes["own_examples"] += 1
         for _, each in made:
             account.count(each)
@@ -267,9 +315,10 @@ class Renderer:
             account.long_supervised_lost += had - left
             account.long_rows_lost += not left
         enough = [each for each in encoded if each.supervised >= self.config.min_supervised_tokens]
+        if self.config.chain.on and len(enough) < len(encoded):  # a row's two tasks are trained together or not at all
+            enough = []
         account.below_minimum += sum(1 for each in encoded if 0 < each.supervised < self.config.min_supervised_tokens)
-        ids = [one.id] if len(enough) == 1 else [f"{one.id}#{number}" for number in range(1, len(enough) + 1)]
-        return list(zip(ids, enough, strict=True))
+        return [(f"{one.id}#{name}" if name else one.id, each) for name, each in zip(_names(enough), enough, strict=True)]
 
     # Too long
 
@@ -277,12 +326,14 @@ class Renderer:
         limit, policy = self.config.max_seq_length, self.config.truncation
         if policy == "error":
             had = sum(each.supervised for each in encoded)
-            for name in ("drop", "keep_end", "keep_start"):
+            for name in ("drop",) if self.config.chain.on else ("drop", "keep_end", "keep_start"):
                 left = sum(self._cut(each, name).supervised for each in encoded)
                 cost = account.policies.setdefault(name, [0, 0])
                 cost[0] += not left
                 cost[1] += had - left
-            return [self._cut(each, "drop") for each in encoded]
+            policy = "drop"
+        if self.config.chain.on:
+            return [each.cut(0, 0) for each in encoded]
         if policy == "split":
             return [each for each in self._split(one.meaning, limit) if len(each.tokens) <= limit]
         return [self._cut(each, policy) for each in encoded]
@@ -392,12 +443,18 @@ class Question:
     text: str
     prompt: tuple[int, ...]
     expected: str
+    rationale: str | None = None  # in the data, where the answer is a chain of thought
+    rationale_tokens: tuple[int, ...] = ()  # as they are trained, without an end
+    cue_tokens: tuple[int, ...] = ()  # which lead from a rationale to the answer
+    task: str = ""  # of several, the one that it belongs to
 
 
 def question(row: Row, renderer: Renderer, source: SourceConfig) -> Question | None:
     """The last question of a row and its answer; nothing where a row ends otherwise."""
     try:
         _, meaning = understand(row, source.format, source.fields)
+        if renderer.config.chain.on:
+            return renderer.chain_question(row.id, meaning)
         if isinstance(meaning, Pair) and not renderer.pairs_are_chats:
             return Question(row.id, meaning.prompt, tuple(renderer.pair_prompt(meaning.prompt)), meaning.completion)
         talk = as_talk(meaning) if isinstance(meaning, Pair) else meaning
@@ -413,7 +470,7 @@ def question(row: Row, renderer: Renderer, source: SourceConfig) -> Question | N
 def as_talk(pair: Pair) -> Talk:
     asked = Turn("user", {"role": "user", "content": pair.prompt})
     answer = Turn("assistant", {"role": "assistant", "content": pair.completion}, marks=pair.marks)
-    return Talk((asked, answer), weight=pair.weight)
+    return Talk((asked, answer), weight=pair.weight, rationale=pair.rationale)
 
 
 def too_long(account: Account, config: RenderConfig) -> str:
@@ -429,11 +486,20 @@ def too_long(account: Account, config: RenderConfig) -> str:
     for name, what in (
         ("drop", "leaves these rows out"), ("keep_end", "cuts their start"), ("keep_start", "cuts their end"),
     ):  # fmt: skip
-        rows, tokens = costs[name]
-        gone = f", {_rows(rows)} with nothing left" if rows else ""
-        lines.append(f"  --truncation {name:<11} {what}: {tokens:,} trained tokens lost{gone}")
-    lines.append("  --truncation split       makes several examples of a row, cut at turn borders")
+        if name in costs:
+            rows, tokens = costs[name]
+            gone = f", {_rows(rows)} with nothing left" if rows else ""
+            lines.append(f"  --truncation {name:<11} {what}: {tokens:,} trained tokens lost{gone}")
+    if not config.chain.on:
+        lines.append("  --truncation split       makes several examples of a row, cut at turn borders")
     return "\n".join(lines)
+
+
+def _names(examples: Sequence[Encoded]) -> list[str]:
+    """What tells the examples of a row apart: their own names, or numbers where there are several."""
+    if len(examples) == 1 or any(each.name for each in examples):
+        return [each.name for each in examples]
+    return [str(number) for number in range(1, len(examples) + 1)]
 
 
 def _block(rows: Iterator[Row | BadRow]) -> list[Row | BadRow]:

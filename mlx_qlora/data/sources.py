@@ -27,6 +27,7 @@ from mlx_qlora.errors import DataError, require
 _MAX_LINE = 16 * 2**20  # bytes; a longer line is no training row, and must not fill the memory
 _MAX_LIST = 2**30  # bytes of a JSON list, which is held in memory whole; and what is read to find the end of a line
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_EXAMPLES_BY = 2**16  # bytes of an object, within which its list of examples begins
 _PIECE = 2**16  # bytes; longer texts come in pieces of about so many
 _DOCUMENT_END = b"<|endoftext|>"  # alone in a line, it ends a document in a .txt file
 _SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev", "eval"), "test": ("test",)}
@@ -54,8 +55,9 @@ class BadRow:
 
 # What columns can be called.
 _KNOWN = {
+    "target", "task",
     "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "question", "answer", "text",
-    "system", "tools", "weight", "train",
+    "system", "tools", "weight", "train", "rationale",
 }  # fmt: skip
 
 
@@ -68,7 +70,7 @@ class SourceConfig:
     .parquet, .txt, .gz) or a pattern; hub:owner/name or hub:owner/name@split; embedded; or several of these."""
     data_weights: tuple[float, ...] = ()
     """With several sources: the share of each in an epoch, such as 3 1. Without it each example comes once."""
-    format: Literal["auto", "messages", "sharegpt", "prompt", "alpaca", "question", "text"] = "auto"
+    format: Literal["auto", "messages", "sharegpt", "prompt", "alpaca", "question", "input", "text"] = "auto"
     """What the rows are; auto tells it from their keys, row by row."""
     fields: dict[str, str] = field(default_factory=dict)
     """Columns under other names, in pairs: prompt input completion target, if the columns are input and target."""
@@ -199,6 +201,8 @@ def _in_folder(folder: Path, training: bool = True) -> dict[str, tuple[File, ...
             files[split] = _named(found)
     if not files and (texts := _texts_in(folder)):
         return {"train": _named(texts)}
+    if not files and not training and (tasks := _tasks_in(folder)):
+        return {"test": _named(tasks)}
     if "train" not in files and (training or not files):
         names_here = sorted(child.name for child in folder.iterdir() if not child.name.startswith("."))
         holds = ", ".join(names_here[:8] + ["..."] * (len(names_here) > 8)) or "nothing"
@@ -211,6 +215,24 @@ def _texts_in(folder: Path) -> list[Path]:
     others = [child for child in folder.iterdir() if child.suffix.lower() in _SUFFIXES and not is_plain_text(child)]
     found = [] if others else sorted(each for each in folder.rglob("*.txt*") if is_plain_text(each) and each.is_file())
     return [each for each in found if not any(part.startswith(".") for part in each.relative_to(folder).parts)]
+
+
+def _tasks_in(folder: Path) -> list[Path]:
+    """The files of a folder that has rows of several tasks, a file each; where they are of one kind."""
+    found = sorted(each for each in folder.iterdir() if each.is_file() and each.suffix in (".json", ".jsonl", ".csv", ".tsv"))
+    return found if len({each.suffix for each in found}) == 1 else []
+
+
+def task_of(file: File) -> str:
+    """The task that a file is of, by its name; none where it is called after a split.
+
+    >>> [task_of(DiskFile(Path(name), name)) for name in ("bbh/navigate.json", "test-00001-of-2.parquet", "valid.jsonl.gz")]
+    ['navigate', '', '']
+    """
+    name = Path(file.name).name
+    stem = name[: name.index(".")] if "." in name[1:] else name
+    splits = "|".join(each for names in _SPLITS.values() for each in names)
+    return "" if re.fullmatch(rf"({splits})([-_]\d.*)?", stem) else stem
 
 
 def _named(paths: Sequence[Path]) -> tuple[File, ...]:
@@ -270,6 +292,8 @@ class DiskFile:
                     yield from _csv(file, self.name)
                 elif _first_letter(file) == b"[" and (suffix == ".json" or _goes_on(file)):
                     yield from _array(file, self.name)
+                elif suffix == ".json" and (begin := _list_of_examples(file)):
+                    yield from _array(file, self.name, begin)
                 elif suffix == ".json" and _goes_on(file):
                     raise DataError(f"{self.path}: one object came; a list of rows, or a row a line, is expected.")
                 else:
@@ -298,6 +322,19 @@ def _goes_on(file: IO[bytes]) -> bool:
     except (ValueError, RecursionError):
         return True
     return False
+
+
+_BEFORE_EXAMPLES = re.compile(  # plain values only, such as that of a canary
+    rb'[\s\xef\xbb\xbf]*\{(?:\s*"[^"\\]*"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[\w.+-]+)\s*,)*\s*"examples"\s*:\s*\['
+)
+
+
+def _list_of_examples(file: IO[bytes]) -> int:
+    """Where in a file that is one object the list begins that it names "examples", as tasks of BIG-Bench do; 0: nowhere."""
+    start = file.read(_EXAMPLES_BY)
+    file.seek(0)
+    found = _BEFORE_EXAMPLES.match(start)
+    return found.end() - 1 if found else 0
 
 
 def _lines(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
@@ -330,8 +367,8 @@ def _parsed(line: bytes, id: str, *, ended: bool) -> Row | BadRow:
     return Row(id, value)
 
 
-def _array(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
-    """A JSON file that is one list. It is held in memory whole; JSONL is not."""
+def _array(file: IO[bytes], name: str, begin: int = 0) -> Iterator[Row | BadRow]:
+    """A JSON file that is one list, or has one from a byte on. It is held in memory whole; JSONL is not."""
     raw = file.read(_MAX_LIST + 1)
     if len(raw) > _MAX_LIST:
         raise DataError(f"{name}: a list of more than {_MAX_LIST >> 20:,} MB came; write it as .jsonl, one object a line.")
@@ -340,7 +377,7 @@ def _array(file: IO[bytes], name: str) -> Iterator[Row | BadRow]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(f"{name}:{line}: not UTF-8; save the file as UTF-8.") from error
-    place, line, counted = text.index("[") + 1, 1, 0
+    place, line, counted = text.index("[", len(raw[:begin].decode("utf-8-sig"))) + 1, 1, 0
     gap = re.compile(r"[\s,]*")
     found: list[tuple[int, Any]] = []
     reason = ""

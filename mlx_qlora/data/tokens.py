@@ -8,14 +8,15 @@ last one and the answer (`<|im_start|>assistant\\n`) needs encoding again, and t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_qlora.data.chain import Link, Parts, in_one_pass, shared_out
 from mlx_qlora.data.chat import Piece, Span, Specials
 from mlx_qlora.data.formats import RowError
 from mlx_qlora.data.templates import Tokenizer
@@ -23,6 +24,7 @@ from mlx_qlora.records import Example
 
 _SHORT = 200  # characters before an answer that are worth remembering with their tokens
 _REMEMBERED = 10_000
+_BEFORE = ("\n", "a", ".")  # texts that another one follows, to see what its tokens are then
 
 
 @dataclass
@@ -32,6 +34,8 @@ class Encoded:
     tokens: NDArray[np.int32]
     spans: list[tuple[int, int, float]]
     notes: list[str] = field(default_factory=list)
+    targets: dict[int, int] = field(default_factory=dict)  # by place: what is predicted in place of the token there
+    name: str = ""  # among the examples of its row
 
     @property
     def supervised(self) -> int:
@@ -42,13 +46,24 @@ class Encoded:
         shift = before - begin
         kept = ((max(a, begin) + shift, min(b, end) + shift, weight) for a, b, weight in self.spans)
         spans = [(max(a, 1), b, weight) for a, b, weight in kept if max(a, 1) < b]
-        return Encoded(np.concatenate([self.tokens[:before], self.tokens[begin:end]]), spans, self.notes)
+        targets = {place + shift: target for place, target in self.targets.items() if begin <= place < end}
+        tokens = np.concatenate([self.tokens[:before], self.tokens[begin:end]])
+        return Encoded(tokens, spans, self.notes, targets, self.name)
 
     def example(self, id: str) -> Example:
         weights = np.zeros(len(self.tokens), np.float32)
         for first, end, weight in self.spans:
             weights[first:end] = weight
-        return Example(id, self.tokens, weights)
+        return Example(id, self.tokens, weights, replaced(self.tokens, self.targets))
+
+
+def replaced(tokens: NDArray[np.int32], targets: Mapping[int, int]) -> NDArray[np.int32] | None:
+    """The tokens with others in some places; None where there are no such places."""
+    if not targets:
+        return None
+    made: NDArray[np.int32] = tokens.copy()
+    made[list(targets)] = list(targets.values())
+    return made
 
 
 class Encoder:
@@ -69,6 +84,7 @@ class Encoder:
         self._escaping: tuple[Any, dict[int, int]] | None = None
         self._borders = _borders(tokenizer)
         self._known: dict[str, list[int]] = {}
+        self._continued: dict[tuple[str, bool], list[int]] = {}
 
     def submit(self, pieces: Sequence[Piece]) -> list[Any]:
         """The bare tokenizer's work on many pieces. It leaves Python's lock, so it can run beside other work."""
@@ -81,6 +97,14 @@ class Encoder:
 
     def finish(self, piece: Piece, encoding: Any) -> list[Encoded]:
         """One piece's examples; nearly always one. `encoding` is what `submit` gave for it."""
+        if piece.link is not None:
+            return [self._linked(piece, piece.link, self.parts(piece, encoding))]
+        made = self._encodings(piece, encoding)
+        if piece.share is None:
+            return made
+        return [replace(each, spans=shared_out(each.spans, piece.share), name=piece.name) for each in made]
+
+    def _encodings(self, piece: Piece, encoding: Any) -> list[Encoded]:
         if piece.escaped:
             return self._verified(piece, self._escaped(piece.text))
         return self._verified(piece, _Places(encoding) if encoding is not None else self._slow(piece.text))
@@ -94,6 +118,60 @@ class Encoder:
         if self._fast is not None:
             return list(self._fast.encode(text, add_special_tokens=False).ids)
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    # Chains of thought
+
+    def parts(self, piece: Piece, encoding: Any = None) -> Parts:
+        """The tokens of a piece with a link, each part encoded for itself."""
+        link = piece.link
+        assert link is not None, "no chain"
+        (made,) = self._encodings(replace(piece, link=None), encoding)
+        begin = made.spans[0][0] if made.spans else 0
+        if not begin:
+            raise RowError("a chain of thought answers a question, and none is here.")
+        tokens = made.tokens.tolist()
+        cue, answer = self._following(link.cue), self._following(link.answer, piece.escaped)
+        return Parts(tokens[:begin], tokens[begin:], cue, answer, self._stop(link, piece.escaped))
+
+    def _linked(self, piece: Piece, link: Link, parts: Parts) -> Encoded:
+        tokens, spans, targets = in_one_pass(parts, link.shares)
+        notes = list(piece.notes)
+        if self._unknown is not None and self._unknown in tokens:
+            notes.append("unknown")
+        if parts.stop not in self._stops:
+            notes.append(f"no_stop:{self._tokenizer.decode([parts.stop])}")
+        return Encoded(np.array(tokens, np.int32), _in_order(spans), notes, targets)
+
+    def _stop(self, link: Link, escaped: bool) -> int:
+        """The token that ends an answer, and a rationale."""
+        ids = self._encoded(link.stop, escaped) if link.stop else [self._eos]
+        if len(ids) != 1:
+            raise RowError(
+                f"the chat template ends answers with {self._specials.plain(link.stop)!r}, which is not one token, so that a "
+                "rationale can't be ended in the same pass; --chain.kind step_by_step does not need that."
+            )
+        if ids[0] is None:
+            raise RowError("the tokenizer has no end-of-text token, so an answer would have no end.")
+        return int(ids[0])
+
+    def _following(self, text: str, escaped: bool = False) -> list[int]:
+        """The tokens of a text that another one goes before: some tokenizers put a space before what they are given."""
+        known = self._continued.get((text, escaped))
+        if known is None:
+            known = self._continuation(text, escaped)
+            if len(text) <= _SHORT and len(self._continued) < _REMEMBERED:
+                self._continued[text, escaped] = known
+        return known
+
+    def _continuation(self, text: str, escaped: bool) -> list[int]:
+        own = self._encoded(text, escaped)
+        for before in _BEFORE:
+            start, whole = self.encode(before), self._encoded(before + text, escaped)
+            if whole[: len(start)] == start:
+                return whole[len(start) :]
+            if _same_text(self._tokenizer, [*start, *own], whole):
+                return own
+        raise RowError(f"the tokenizer has no tokens for {text[:_SHORT]!r} that could follow a text.")
 
     def _verified(self, piece: Piece, places: _Places | _SlowPlaces) -> list[Encoded]:
         spans = []

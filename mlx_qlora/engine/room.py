@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import mlx.core as mx
 
 from mlx_qlora.errors import OutOfMemoryError
-from mlx_qlora.records import Batch, Example
+from mlx_qlora.records import Batch, Update
 
-Laid = Callable[[Sequence[Example], int], tuple[Batch, ...]]  # (examples, halvings) -> batches of so much smaller budgets
+Laid = Callable[[Update, int], tuple[Batch, ...]]  # (update, halvings) -> its examples in batches of so much smaller budgets
 Result = TypeVar("Result")
 
 # What MLX says on its backends: Metal's allocator and its command buffers, CUDA's, and the common one.

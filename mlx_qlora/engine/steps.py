@@ -19,7 +19,7 @@ from mlx.utils import tree_map
 from mlx_qlora.engine.accumulate import GradientAccumulator
 from mlx_qlora.engine.optim import OptimConfig, begin, guarded_update
 from mlx_qlora.engine.room import Laid, Room, is_out_of_memory
-from mlx_qlora.records import BEGIN, Batch, Example, Halfway, LossSum, StepReport, TrainState, Update, Window
+from mlx_qlora.records import BEGIN, Batch, Halfway, LossSum, StepReport, TrainState, Update, Window
 
 Objective = Callable[[nn.Module, Batch], LossSum]
 WithKey = Callable[[nn.Module, mx.array], Any]  # gives a context in which dropout draws from a key
@@ -58,7 +58,7 @@ class Engine:
     computes_in: mx.Dtype | None = None  # forward and backward; gradients and parameters stay what they are; None: as these
     room: Room = field(default_factory=lambda: Room(1 << 30))
     lay_out: Laid | None = None  # makes smaller batches of the same examples when memory ends
-    rehearse: tuple[Example, ...] = ()  # the longest of the run: computed first, so that what does not fit fails at once
+    rehearse: Update | None = None  # of the longest of the run: computed first, so that what does not fit fails at once
     enter: Enter = nobody  # is told which phase begins, with facts about it
     asked: Callable[[], bool] = lambda: False  # whether a fact is wanted before the update is done
 
@@ -82,8 +82,8 @@ def micro_step(engine: Engine) -> MicroStep:
             (_, loss), grads = gradient(params, batch)
         return tuple(loss), grads
 
-    def of_arrays(params: Any, key: mx.array, *arrays: mx.array) -> tuple[tuple[Any, ...], Any]:
-        return step(params, key, Batch(*arrays[:6], (), *arrays[6:]))  # type: ignore[arg-type, call-arg]
+    def of_arrays(params: Any, key: mx.array, arrays: Any, states: Any, beside: Any) -> tuple[tuple[Any, ...], Any]:
+        return step(params, key, Batch(*arrays, (), *(states or [None]), tuple(beside)))  # type: ignore[call-arg]
 
     traced = mx.compile(of_arrays)
 
@@ -91,7 +91,8 @@ def micro_step(engine: Engine) -> MicroStep:
         params = model.trainable_parameters()
         try:
             if engine.compiled and not batch.segments:
-                loss, grads = traced(params, key, *batch[:6], *([] if batch.states is None else [batch.states]))
+                states = [] if batch.states is None else [batch.states]
+                loss, grads = traced(params, key, list(batch[:6]), states, list(batch.beside))
             else:
                 loss, grads = step(params, key, batch)
         finally:
@@ -185,7 +186,7 @@ def _made(
     while True:
         try:
             if laid_for != room.halvings and engine.lay_out:
-                update = replace(update, batches=engine.lay_out(update.examples, room.halvings))
+                update = replace(update, batches=engine.lay_out(update, room.halvings))
                 laid_for = room.halvings
             loss, gradients = yield from _accumulated(engine, step_on, update, state, window, coming)
             engine.enter("update")
@@ -242,6 +243,7 @@ class _Coming:
 
 def _rehearse(engine: Engine, step_on: MicroStep, halvings: int) -> None:
     assert engine.lay_out is not None
+    assert engine.rehearse is not None
     largest = max(engine.lay_out(engine.rehearse, halvings), key=lambda batch: batch.computed)
     engine.enter("backward", shape=_shape(largest), positions=largest.computed, budget=engine.room.now)
     mx.eval(step_on(largest, dropout_key(engine.seed, 0)))

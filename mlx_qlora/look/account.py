@@ -19,6 +19,7 @@ _NOTES = {
     "ended_already": "with an end-of-text of their own, which is not trained twice",
     "own_examples": "in several examples: the chat template writes earlier turns in another way later, or has no end of turn",
     "unknown": "with letters that this tokenizer does not know",
+    "no_chain": "with a rationale that is not trained: chain.kind is off",
     "renamed_calls": "with ids of tool calls that the chat template refuses; they got others",
 }
 
@@ -38,7 +39,7 @@ def _known(audit: Audit) -> Iterator[tuple[str, str]]:
         yield "windows", audit.windows
     if not audit.windows or not _only_text(audit):
         yield "template", audit.template
-        yield "trained", _TRAINED[audit.train_on]
+        yield "trained", audit.chain or _TRAINED[audit.train_on]
     for name, (share, passes) in audit.shares.items():
         yield "source", f"{name}: {share:.1%} of an epoch, each of its examples {passes:.2f} times"
     account = audit.accounts.get("train")
@@ -180,8 +181,13 @@ def shown(sight: Sight, colour: bool, before: Sight | None = None) -> str:
         same = in_common(pieces[0][0], before.pieces[0][0])
         if same > 200:
             pieces[0] = (f"[... {same} characters as above ...]{pieces[0][0][same:]}", False)
-    pieces = [(piece.translate(VISIBLE), trained) for piece, trained in pieces]
-    text = "".join(f"{begin}{piece}{end}" if trained else f"{dim}{piece}{plain}" for piece, trained in pieces)
+    remarks = sight.remarks or [""] * len(pieces)
+    text = "".join(
+        f"{begin}{piece.translate(VISIBLE)}{end}{dim if remark else ''}{remark}{plain if remark else ''}"
+        if trained
+        else f"{dim}{piece.translate(VISIBLE)}{plain}"
+        for (piece, trained), remark in zip(pieces, remarks, strict=True)
+    )
     return f"{sight.id}\n{text}"
 
 
@@ -221,7 +227,11 @@ def parts(audit: Audit) -> Iterator[str]:
     if audit.sights:
         yield "<h2>Examples</h2><p>Marked text is trained; the rest is what the model sees before.</p>"
     for sight in audit.sights:
-        text = "".join(f"<mark>{safe(piece)}</mark>" if trained else safe(piece) for piece, trained in sight.pieces)
+        remarks = sight.remarks or [""] * len(sight.pieces)
+        text = "".join(
+            f"<mark>{safe(piece)}</mark>{f'<sub>{remark}</sub>' if remark else ''}" if trained else safe(piece)
+            for (piece, trained), remark in zip(sight.pieces, remarks, strict=True)
+        )
         yield f'<div class="example"><h3>{safe(sight.id)}</h3><pre>{text}</pre></div>'
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_qlora.assets import EMBEDDED, embedded_model
+from mlx_qlora.assets import EMBEDDED, packaged
 from mlx_qlora.data.audit import Audit
 from mlx_qlora.engine.memory import Fit
 from mlx_qlora.engine.optim import OptimConfig
@@ -192,7 +192,9 @@ class Console:
             self._bar.n = step
 
     def step(self, report: StepReport) -> None:
-        figures = f"loss {report.loss:.3f}, {report.tokens_per_second:,.0f} tok/s, {report.peak_memory_gb:.2f} GB"
+        parts = report.metrics if "kd" in report.metrics else {}
+        what = " (" + ", ".join(f"{name} {parts[name]:.3f}" for name in ("kd", "ce")) + ")" if parts else ""
+        figures = f"loss {report.loss:.3f}{what}, {report.tokens_per_second:,.0f} tok/s, {report.peak_memory_gb:.2f} GB"
         if self._bar is not None:
             with self._lasting():
                 self._bar.set_postfix_str(figures, refresh=False)
@@ -287,7 +289,7 @@ class Console:
                 f"mlx-qlora train --output-dir {shlex.quote(str(folder))} --resume",
             )
             return
-        base = str(_from_here(embedded_model())) if model == EMBEDDED else model
+        base = str(_from_here(own)) if (own := packaged(model)) else model
         quoted = shlex.quote(str(folder))
         measures = "perplexity, bits per byte, accuracy" if of_text else "questions, scores"
         self.fact(

@@ -24,6 +24,7 @@ from mlx_qlora.run.metrics import NAME
 AROUND = {
     "save_every", "save_minutes", "keep_checkpoints", "output_dir", "overwrite", "resume", "resume_anyway", "supervise",
     "trace", "stall_after_s", "score_questions", "max_answer_tokens", "data_cache", "trunk_cache_gb", "trunk_cache_dir",
+    "seeds", "seeds_evaluate",
     "malformed_limit", "report_to", "tracker_project", "sample_every", "sample_prompts", "sample_tokens", "sample_temperature",
 }  # fmt: skip
 
@@ -102,6 +103,11 @@ class History:
         """What the run has seen, as training_summary.json says it; empty while it goes on, and of runs that kept no account."""
         found = self.summary.get("exposure")
         return found if isinstance(found, Mapping) else {}
+
+    @property
+    def trained_loss(self) -> str:
+        """The figure of an update that validation can be held against: with a teacher the loss is more than cross-entropy."""
+        return "ce" if self.lines and "ce" in self.lines[-1] else "loss"
 
     @property
     def trained_tokens(self) -> int:
@@ -183,4 +189,4 @@ def dotted(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _COUNTED = ("early_stopping.patience", "early_stopping.min_delta")  # what is reckoned with here
-_GROUPS = ("lora", "early_stopping")
+_GROUPS = ("lora", "early_stopping", "distill", "chain")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_qlora.data.layout import histories
+from mlx_qlora.data.prepare import TASK_ENDS, row_of
 from mlx_qlora.records import Batch, Example, LossSum
 
 Objective = Callable[[nn.Module, Batch], LossSum]
@@ -48,7 +49,20 @@ def measure(model: nn.Module, objective: Objective, batches: Iterable[Batch], ex
     if not places.values.shape[1]:
         return Measured(mean, math.nan, np.empty(0), np.empty(0))
     sums, weights = places.of(examples)
-    return Measured(mean, standard_error(sums[:, 0], weights), sums[:, 0], weights)
+    return Measured(mean, standard_error(*_by_row(examples, sums[:, 0], weights)), sums[:, 0], weights)
+
+
+def _by_row(
+    examples: Sequence[Example], totals: NDArray[np.float64], weights: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The sums of rows: the two tasks of a chain of thought are drawn together."""
+    if not any(each.id.endswith(TASK_ENDS) for each in examples):
+        return totals, weights
+    rows = [row_of(each.id) if each.id.endswith(TASK_ENDS) else each.id for each in examples]
+    names, of_row = np.unique(rows, return_inverse=True)
+    sums = np.zeros((len(names), 2))
+    np.add.at(sums, of_row, np.stack([totals, weights], axis=1))
+    return sums[:, 0], sums[:, 1]
 
 
 def as_ratio(totals: NDArray[np.float64], weights: NDArray[np.float64]) -> Measured:
@@ -69,7 +83,7 @@ class Places:
         sums, weights = np.zeros((len(examples), self.values.shape[1])), np.zeros(len(examples))
         for number, example in enumerate(examples):
             at = np.flatnonzero(example.weights[1:])
-            own = _places(histories(example.tokens[:-1])[at], example.tokens[1:][at])
+            own = _places(histories(example.tokens[:-1])[at], example.wanted[1:][at])
             each = example.weights[1:][at].astype(np.float64)
             sums[number] = each @ self.values[np.searchsorted(self.known, own)]
             weights[number] = each.sum()

@@ -106,7 +106,7 @@ def write(
     with _apart(model, int(np.random.SeedSequence((seed, step)).generate_state(1)[0])):
         found.update(continuations(model, tokenizer, [list(each.tokens) for each in prompts], None, how, len(prompts)))
     return [
-        {"step": step, "prompt": each.text, "text": _gone_on(tokenizer, each.tokens, found[number])}
+        {"step": step, "prompt": each.text, "text": gone_on(tokenizer, each.tokens, found[number])}
         for number, each in enumerate(prompts)
     ]
 
@@ -126,7 +126,7 @@ def _apart(model: nn.Module, seed: int) -> Iterator[None]:
             state[number][:] = mx.array(key)
 
 
-def _gone_on(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
+def gone_on(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
     """What was added to a text: a space between both is told only from the whole."""
     start, whole = (tokenizer.decode(list(each), skip_special_tokens=True) for each in (before, [*before, *tokens]))
     return str(whole[len(start) :] if whole.startswith(start) else tokenizer.decode(list(tokens), skip_special_tokens=True))

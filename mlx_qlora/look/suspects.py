@@ -28,7 +28,7 @@ def suspects(report: StepReport, why: str, decode: Callable[[Any], str], loss_of
                 "tokens": len(example.tokens),
                 "supervised_tokens": int((example.weights > 0).sum()),
                 "text": decode(example.tokens.tolist())[:_LONGEST],
-                "trained": decode(example.tokens[example.weights > 0].tolist())[:_LONGEST],
+                "trained": decode(example.wanted[example.weights > 0].tolist())[:_LONGEST],
             }
             for example, loss in examples
         ],

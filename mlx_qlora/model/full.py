@@ -134,11 +134,12 @@ def computes_in(config: FullConfig) -> mx.Dtype | None:
     return mx.bfloat16 if half else None
 
 
-def model_files(loaded: Loaded) -> dict[str, bytes]:
+def model_files(loaded: Loaded, dense: bool = True) -> dict[str, bytes]:
     """What stands beside the weights of a model: its configuration, as dense as they are, and its tokenizer."""
     from mlx_lm.utils import save_config
 
-    config = {name: value for name, value in loaded.config.items() if name not in ("quantization", "quantization_config")}
+    without = ("quantization", "quantization_config") if dense else ()
+    config = {name: value for name, value in loaded.config.items() if name not in without}
     with TemporaryDirectory() as made:
         folder = Path(made)
         loaded.tokenizer.save_pretrained(made)

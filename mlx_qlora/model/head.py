@@ -7,7 +7,7 @@ stub in place of the trunk that returns hidden states, the model's class compute
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,8 +24,16 @@ _LAYERS = f"{TRUNK}.layers."
 _LOGITS = 1 << 23
 _LEAST_PLACES = 64
 
-# (logits [S, V], arrays [S] ...) -> (losses [S], their sum's gradient [S, V], what else is to be known of each place [S] ...)
+# (logits [S, V], arrays [S, ...] ...) -> (losses [S], their sum's gradient [S, V], what else is to be known of places [S] ...)
 LossOf = Callable[..., tuple[mx.array, ...]]
+
+
+class Summed(NamedTuple):
+    """A loss over places."""
+
+    total: mx.array
+    more: tuple[mx.array, ...]  # sums of what else was to be known
+    places: tuple[mx.array, ...] = ()  # out of training: the loss of each place, weighted, and what else was to be known of it
 
 
 def logits_of(language: nn.Module, hidden: mx.array, asked_for: set[str] | None = None) -> mx.array:
@@ -51,6 +59,13 @@ class _Given:
         return getattr(self._trunk, name)
 
 
+def head_of(language: nn.Module, places: int) -> Callable[[mx.array], mx.array]:
+    """The head of a model that only looks on, as a function: states [S, D] -> logits [S, V]; for many calls."""
+    dense = {path: twin for path, twin in frozen.dense_twins(language, places) if not path.startswith(_LAYERS)}
+    language = _with(language, dense)
+    return lambda states: logits_of(language, states[None])[0]
+
+
 def places_at_once(vocabulary: int) -> int:
     """How many places a chunk has, a power of two: 256 for 32,000 classes, 64 for 150,000."""
     return max(_LEAST_PLACES, 1 << ((_LOGITS // vocabulary).bit_length() - 1)) if vocabulary <= _LOGITS else _LEAST_PLACES
@@ -58,9 +73,8 @@ def places_at_once(vocabulary: int) -> int:
 
 def loss_in_chunks(
     language: nn.Module, hidden: mx.array, marks: mx.array, loss_of: LossOf, arrays: Sequence[mx.array], chunk: int = 0
-) -> tuple[mx.array, tuple[mx.array, ...]]:
-    """(the loss summed over places, whose hidden states are [S, D]; out of training, that of each place, weighted, and what
-    else `loss_of` says of it).
+) -> Summed:
+    """The loss summed over places, whose hidden states are [S, D].
 
     In training mode the gradient with respect to the hidden states, and to what is trained in the head, is made while a
     chunk's logits are there; they are never kept.
@@ -91,8 +105,15 @@ def loss_in_chunks(
     values = list(trained.values())
     starts = range(0, hidden.shape[0], chunk)
     if language.training:
-        return _one_pass(logits_from, loss_from, starts, hidden, values), ()
+        return _one_pass(logits_from, loss_from, starts, hidden, values)
     return _in_turn(logits_from, loss_from, starts, hidden, values)
+
+
+def loss_of_logits(logits: mx.array, loss_of: LossOf, arrays: Sequence[mx.array], training: bool) -> Summed:
+    """The same of logits [S, V] that are there already, all at once."""
+    over = _one_pass if training else _in_turn
+    starts = range(0, logits.shape[0], logits.shape[0])
+    return over(lambda _, own, __: own, lambda _, own: loss_of(own, *arrays), starts, logits, [])
 
 
 LogitsFrom = Callable[[int, mx.array, Sequence[mx.array]], mx.array]  # (first place, hidden states, what is trained)
@@ -101,7 +122,7 @@ LossFrom = Callable[[int, mx.array], tuple[mx.array, ...]]  # (first place, logi
 
 def _in_turn(
     logits_from: LogitsFrom, loss_from: LossFrom, starts: range, hidden: mx.array, values: Sequence[mx.array]
-) -> tuple[mx.array, tuple[mx.array, ...]]:
+) -> Summed:
     total = mx.array(0.0)
     places: list[tuple[mx.array, ...]] = []
     for start in starts:
@@ -111,42 +132,46 @@ def _in_turn(
         places.append((losses, *more))
         (losses,) = mx.depends([losses], more) if more else (losses,)
         total = total + losses.sum()
-    return total, tuple(mx.concatenate(list(each)) for each in zip(*places, strict=True))
+    whole = tuple(mx.concatenate(list(each)) for each in zip(*places, strict=True))
+    return Summed(total, tuple(each.sum() for each in whole[1:]), whole)
 
 
 def _one_pass(
     logits_from: LogitsFrom, loss_from: LossFrom, starts: range, hidden: mx.array, values: Sequence[mx.array]
-) -> mx.array:
-    def chunk(variables: Any, start: int) -> tuple[mx.array, mx.array]:
-        """(something whose gradient is the loss's, the loss). The first is asked for its gradient only, and so never
-        computed: what is computed are the logits, the loss with its gradient, and the way back from there."""
+) -> Summed:
+    def chunk(variables: Any, start: int) -> tuple[mx.array, tuple[mx.array, ...]]:
+        """(something whose gradient is the loss's, the loss and what else is to be known). The first is asked for its
+        gradient only, and so never computed: what is computed are the logits, the loss with its gradient, and the way back."""
         logits = logits_from(start, *variables)
-        loss, gradient, *_ = loss_from(start, mx.stop_gradient(logits))
-        return (logits * gradient).sum(), loss.sum()
+        loss, gradient, *more = loss_from(start, mx.stop_gradient(logits))
+        return (logits * gradient).sum(), tuple(each.sum() for each in (loss, *more))
 
     @transforms.custom_function
     def forward(hidden: mx.array, *values: mx.array) -> tuple[mx.array, ...]:
-        total = mx.array(0.0)
+        total, others = mx.array(0.0), list[mx.array]()
         pieces: list[mx.array] = []
         sums = [mx.zeros(value.shape, mx.float32) for value in values]
         for start in starts:
             (states,) = mx.depends([hidden], [total, *pieces[-1:], *sums])
             variables = [states[start : start + starts.step], list(values)]
-            (_, loss), (gradient, more) = mx.value_and_grad(chunk)(variables, start)
-            total = total + loss
+            (_, found), (gradient, more) = mx.value_and_grad(chunk)(variables, start)
+            total = total + found[0]
+            others = [a + b for a, b in zip(others, found[1:], strict=True)] if others else list(found[1:])
             pieces.append(gradient)
             sums = [a + b.astype(mx.float32) for a, b in zip(sums, more, strict=True)]
-        return total, mx.concatenate(pieces), *sums
+        return total, mx.concatenate(pieces), *sums, *others
 
     @forward.vjp
     def scaled(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        (_, *gradients) = outputs
         primals = primals if isinstance(primals, (list, tuple)) else (primals,)
+        gradients = outputs[1 : 1 + len(primals)]
         return tuple(
             (cotangents[0] * gradient).astype(primal.dtype) for primal, gradient in zip(primals, gradients, strict=True)
         )
 
-    return forward(hidden, *values)[0]  # type: ignore[index,no-any-return]
+    given: Any = forward(hidden, *values)
+    total, _, *rest = given
+    return Summed(total, tuple(mx.stop_gradient(each) for each in rest[len(values) :]))
 
 
 def _with(language: nn.Module, values: dict[str, Any]) -> nn.Module:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mlx_qlora.assets import EMBEDDED, embedded_model
+from mlx_qlora.assets import packaged
 from mlx_qlora.errors import ModelError
 from mlx_qlora.findings import Finding, counted, each_of, fail, ok, size, warn
 
@@ -41,20 +41,20 @@ class Place:
 
     def fetch(self, file: str = "") -> str:
         """What to type to have a file, or all that is missing, fetched."""
-        if self.name == EMBEDDED:
+        if packaged(self.name):
             return "pip install --force-reinstall --no-deps mlx-qlora"
         where = "" if self.repo else f" --local-dir {shlex.quote(str(self.folder))}"
         return f"hf download {self.repo or 'OWNER/NAME'}{f' {file}' if file else ''}{where}"
 
     def again(self, file: str = "") -> str:
         """The same for what is there, and wrong."""
-        return self.fetch(file) + ("" if self.name == EMBEDDED else " --force-download")
+        return self.fetch(file) + ("" if packaged(self.name) else " --force-download")
 
 
 def locate(name: str) -> Place | Finding:
     """The folder of a model: one that is named, or what the hub's cache has of it. Nothing is downloaded."""
-    if name == EMBEDDED:
-        return Place(embedded_model(), name)
+    if (own := packaged(name)) is not None:
+        return Place(own, name)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Place(folder, name)

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_qlora.assets import EMBEDDED, embedded_model
+from mlx_qlora.assets import packaged
 from mlx_qlora.errors import ModelError
 from mlx_qlora.model import backend, frozen, lstm, matmul, trust
 
@@ -44,14 +44,14 @@ class Loaded:
 
 
 def load(name: str, matmul: str = "auto", measured: Mapping[str, int] | None = None) -> Loaded:
-    """Load a folder, a model of the hub, or `embedded`, the tiny 4-bit Mistral of this package.
+    """Load a folder, a model of the hub, or `embedded` or `embedded-teacher`, the tiny 4-bit Mistrals of this package.
 
     `matmul`: how its quantised weights are multiplied; see `MatmulConfig`. `measured`: what an earlier `Loaded.matmul`
     said, so that a run that goes on computes as before.
     """
     from mlx_lm.utils import load_model
 
-    folder = embedded_model() if name == EMBEDDED else _folder(name)
+    folder = packaged(name) or _folder(name)
     try:
         model, config = load_model(folder, lazy=True, get_model_classes=classes_of, **trust.without_code(load_model))
         tokenizer = _tokenizer_in(folder, config)
@@ -60,6 +60,18 @@ def load(name: str, matmul: str = "auto", measured: Mapping[str, int] | None = N
     except Exception as error:  # whatever a broken folder makes mlx-lm, transformers or MLX raise
         raise ModelError(f"{name}: this model can't be loaded: {_one_line(error)}") from error
     return Loaded(model, tokenizer, config, name, chosen, stored)
+
+
+def as_stored(name: str) -> Loaded:
+    """A model with every number as its files hold it, read when it is asked for: for whoever writes it down again."""
+    from mlx_lm.utils import load_model
+
+    folder = packaged(name) or _folder(name)
+    try:
+        model, config = load_model(folder, lazy=True, get_model_classes=classes_of, **trust.without_code(load_model))
+        return Loaded(model, _tokenizer_in(folder, config), config, name, stored=_stored(model))
+    except Exception as error:  # whatever a broken folder makes mlx-lm, transformers or MLX raise
+        raise ModelError(f"{name}: this model can't be loaded: {_one_line(error)}") from error
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -83,7 +95,8 @@ def outline(name: str) -> Loaded:
     """
     from mlx_lm.utils import load_config, load_model
 
-    folder = embedded_model() if name == EMBEDDED else _there(name) or _small_of_hub(name)
+    folder = packaged(name) or _there(name) or _small_of_hub(name)
+    _refuse_adapters(folder)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json in this folder. Name a folder that mlx-lm can load.")
     trust.check(folder)
@@ -133,8 +146,8 @@ def _quantisable(how: dict[str, Any], path: str, module: nn.Module) -> Any:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer alone, of a model or of a folder that has nothing else."""
-    if name == EMBEDDED:
-        folder = embedded_model()
+    if (own := packaged(name)) is not None:
+        folder = own
     else:
         folder = _there(name) or _small_of_hub(name)
         if not (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
@@ -226,6 +239,7 @@ def _there(name: str) -> Path | None:
 
 def _check(folder: Path) -> None:
     """What a folder lacks, all of it at once, and what it may not do, before anything is loaded."""
+    _refuse_adapters(folder)
     trust.check_weights(folder)
     lacking = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).exists()]
     if not any(map(os.path.lexists, folder.glob("model*.safetensors"))):
@@ -235,6 +249,16 @@ def _check(folder: Path) -> None:
     trust.check(folder)
     if "model_type" not in trust.read_json(folder / "config.json"):
         raise ModelError(f"{folder / 'config.json'}: not the configuration of a model: it has no model_type.")
+
+
+def _refuse_adapters(folder: Path) -> None:
+    """Raise for a run, or its adapters, that came in the place of a model."""
+    own = next((each for each in (folder / "adapters", folder) if (each / "adapters.safetensors").is_file()), None)
+    if own and not (folder / "config.json").exists():
+        raise ModelError(
+            f"{folder}: {'this folder holds' if own == folder else 'this is a run: it has'} adapters, and no model. "
+            f"Name the model that they were trained on, and {own} as its adapters (--adapters, or distill.teacher_adapters)."
+        )
 
 
 def _hub_name(name: str) -> str:

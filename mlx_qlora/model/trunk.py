@@ -19,7 +19,7 @@ from mlx_qlora.errors import ModelError
 from mlx_qlora.model import backend, transforms
 from mlx_qlora.model.attention import Packed, Prefixed, Recorder, can_unpack, copied, unpacking
 from mlx_qlora.model.dropout import Dropping, dropping
-from mlx_qlora.model.head import TRUNK, LossOf, logits_of, loss_in_chunks
+from mlx_qlora.model.head import TRUNK, LossOf, Summed, head_of, logits_of, loss_in_chunks, loss_of_logits
 from mlx_qlora.records import Batch
 
 _INNER = "language_model"  # models that see and read keep the reading part here
@@ -44,19 +44,27 @@ PLAIN = Passage()
 
 def summed_loss(
     model: nn.Module, batch: Batch, loss_of: LossOf, arrays: Sequence[mx.array], passage: Passage = PLAIN
-) -> tuple[mx.array, tuple[mx.array, ...], mx.array]:
-    """(the sum of what `loss_of(logits, *arrays)` says of each place of a batch, with its gradient; in evaluation, all that
-    it said of each; what the head was given for it).
+) -> tuple[Summed, mx.array]:
+    """(what `loss_of(logits, *arrays)` says of the places of a batch, summed, with its gradient; what the head was given).
 
     A model that is not trunk-then-head runs whole, and the places are picked from its logits.
     """
     language = _language(model)
     if not _has_trunk(language):
         picked = _picked(model, batch)
-        losses, _, *more = loss_of(picked, *arrays)
-        return losses.sum(), () if model.training else (losses, *more), picked
+        return loss_of_logits(picked, loss_of, arrays, model.training), picked
     picked = hidden_states(model, batch, passage)[batch.positions]
-    return *loss_in_chunks(language, picked, batch.marks[batch.positions], loss_of, arrays, passage.chunk), picked
+    return loss_in_chunks(language, picked, batch.marks[batch.positions], loss_of, arrays, passage.chunk), picked
+
+
+def foretold(model: nn.Module, batch: Batch) -> tuple[mx.array, Callable[[mx.array], mx.array]]:
+    """(a state [S, ...] for each place of a batch, what makes logits of such states), of a model that only looks on: nothing
+    of it has a gradient, and the logits of all places need not be there at once."""
+    language, batch = _language(model), batch._replace(states=None)
+    if not _has_trunk(language):
+        return mx.stop_gradient(_picked(model, batch)), lambda logits: logits
+    states = hidden_states(model, batch)[batch.positions]
+    return mx.stop_gradient(states), head_of(language, len(states))
 
 
 def supervised_logits(model: nn.Module, batch: Batch, passage: Passage = PLAIN) -> mx.array:

@@ -19,12 +19,16 @@ def sft(
     place whether its target is the likeliest token; training pays nothing for it."""
 
     def loss_of(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, ...]:
-        losses = cross_entropy_and_gradient(logits, targets, weights, label_smoothing)
-        return (*losses, correct(logits, targets, weights)) if accuracy else losses
+        return cross_entropy_and_gradient(logits, targets, weights, label_smoothing)
+
+    def with_accuracy(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, ...]:
+        return *loss_of(logits, targets, weights), correct(logits, targets, weights)
 
     def objective(model: nn.Module, batch: Batch) -> LossSum:
-        total, places, hidden = summed_loss(model, batch, loss_of, (batch.targets, batch.weights), passage)
-        metrics = {"accuracy": places[1].sum()} if len(places) > 1 else {}
-        return LossSum(total, batch.weights.sum(), metrics, hidden=(hidden,), places=places)
+        asked = accuracy and not model.training
+        of = with_accuracy if asked else loss_of
+        summed, hidden = summed_loss(model, batch, of, (batch.targets, batch.weights), passage)
+        metrics = {"accuracy": summed.more[0]} if asked else {}
+        return LossSum(summed.total, batch.weights.sum(), metrics, hidden=(hidden,), places=summed.places)
 
     return objective

@@ -19,6 +19,7 @@ from mlx_qlora.records import Delivered
 from mlx_qlora.run import checkpoint, disk
 
 LOCK = ".lock"
+EVALUATED_AS = "evaluated_as.json"  # what train --seeds has told evaluate
 # What a run writes, and so what `overwrite` may take away. Nothing else in the folder is touched.
 _OWN_FILES = (
     "config.yaml", "training_metrics.jsonl", "training_metrics.json", "training_metrics.csv", "training_summary.json",
@@ -29,6 +30,7 @@ _OWN_FILES = (
 _MADE_OF_IT = (
     "training_results.png", "report.html", "evaluation_report.json", "evaluation_summary.csv", "evaluation_losses.jsonl",
     "evaluation_scores.png", "evaluation_confusion.png", "predictions.jsonl", "predictions_unfinished.jsonl",
+    EVALUATED_AS,
 )  # fmt: skip
 # What says how earlier starts of a run ended: it stays when a run begins anew of itself.
 _OF_ALL_STARTS = ("supervision.jsonl",)

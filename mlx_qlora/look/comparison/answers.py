@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlx_qlora.files import json_lines, json_object
 from mlx_qlora.look.comparison.statistics import Interval
+from mlx_qlora.look.evaluation.finals import final_number
 from mlx_qlora.look.evaluation.generate import score
-from mlx_qlora.look.evaluation.results import LOSSES, PREDICTIONS, REPORT
+from mlx_qlora.look.evaluation.written import LOSSES, PREDICTIONS, REPORT
 from mlx_qlora.look.history import number
 
 Question = tuple[str, str, str]  # its id, its text, the answer in the data: only the same in all three is the same
@@ -20,7 +21,8 @@ Scores = dict[str, dict[Question, float]]  # by the score's name
 
 EVALUATED, TRAINED = PREDICTIONS, "answers.jsonl"
 # The one that a verdict speaks of is the first that is there.
-ORDER = ("token_f1", "accuracy", "numeric_accuracy", "rouge_l", "chrf", "exact_match")
+FINALS = ("final_number", "final_option", "final_text", "final_answer")
+ORDER = (*FINALS, "token_f1", "accuracy", "numeric_accuracy", "rouge_l", "chrf", "exact_match")
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,23 @@ def _by_name(scores: Mapping[Question, Mapping[str, Any]]) -> Scores:
     for question, named in scores.items():
         for name, value in named.items():
             if math.isfinite(number(value)):
-                found.setdefault(name, {})[question] = number(value)
+                found.setdefault(name, {})[_as_scored(question, name)] = number(value)
     return {name: found[name] for name in sorted(found, key=_place)}
+
+
+def _as_scored(question: Question, name: str) -> Question:
+    """A final answer is the same whether a rationale stands before it or not: a run may learn both as one text, another as two
+    tasks. Any other score is of the whole text."""
+    if name not in FINALS:
+        return question
+    id, text, expected = question
+    read = final_number(expected) if name == "final_number" else {expected.rsplit("####", 1)[-1].strip()}
+    return id, text, f"final {sorted(map(str, read))}"
+
+
+def how_many(questions: Iterable[Question]) -> int:
+    """One that has a final answer besides others counts once."""
+    return len({(id, text) for id, text, _ in questions})
 
 
 def _place(name: str) -> int:

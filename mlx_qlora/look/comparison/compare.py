@@ -7,7 +7,7 @@ compare(["runs/first", "runs/second"])  # in a notebook: the tables; .verdict is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +16,15 @@ import numpy as np
 
 from mlx_qlora.errors import ConfigError
 from mlx_qlora.look.comparison import measures, notes, sheet, statistics, verdict
-from mlx_qlora.look.comparison.answers import ORDER
+from mlx_qlora.look.comparison.answers import ORDER, how_many
 from mlx_qlora.look.comparison.contender import Contender, Run, grouped, read_runs
-from mlx_qlora.look.comparison.judgement import Judgement, in_common, why_not_comparable
+from mlx_qlora.look.comparison.judgement import Judgement, adjusted, in_common, why_not_comparable
 from mlx_qlora.look.comparison.statistics import Difference
+from mlx_qlora.look.evaluation.scores import title
 from mlx_qlora.look.history import History
 from mlx_qlora.look.measure import standard_error
+from mlx_qlora.look.pictures.seeds import Dots
+from mlx_qlora.records import EvalReport
 
 _MANY = 1_000  # validation examples, where their number is not known
 
@@ -54,15 +57,30 @@ class Comparison:
         return tuple(measures.rows(self.contenders, self.judgements))
 
     @property
+    def seeds(self) -> list[tuple[str, list[Dots]]]:
+        """For a picture: losses and the score of each seed; empty where nobody has several."""
+        if not any(each.of_seeds for each in self.contenders):
+            return []
+        figures: list[tuple[str, Callable[[Run], float]]] = [("val_loss (less is better)", _best_loss)]
+        if self.score:
+            figures.append((f"{title(self.score)} (more is better)", self._own_score))
+        panels = [(said, [_dots(each, figure) for each in self.contenders]) for said, figure in figures]
+        return [(said, [one for one in each if one.values]) for said, each in panels if any(one.values for one in each)]
+
+    def _own_score(self, run: Run) -> float:
+        own = next(each for each in self.contenders if run in each.runs)
+        return run.score(self.score, own.common)
+
+    @property
     def names(self) -> list[str]:
         return [contender.name for contender in self.contenders]
 
     def table(self, width: int = 80) -> str:
         return sheet.text(self.names, self.rows, width)
 
-    def markdown(self, picture: str = "") -> str:
-        """A page; `picture` is the name of a file beside it."""
-        return sheet.markdown(self.names, self.rows, self.verdict, self.notes, picture)
+    def markdown(self, *pictures: str) -> str:
+        """A page; `pictures` are names of files beside it."""
+        return sheet.markdown(self.names, self.rows, self.verdict, self.notes, tuple(filter(None, pictures)))
 
     def csv(self) -> str:
         """A line for each contender."""
@@ -83,9 +101,14 @@ def compare(folders: Sequence[str | Path], *, baseline: str = "", score: str = "
     """Compare runs by their folders. Runs that differ in their seeds only are one contender, with mean and interval.
 
     The first is the baseline, or the run that `baseline` names. `score` is what the verdict goes by beside the loss:
-    token_f1, or else the first of accuracy, numeric_accuracy, rouge_l, chrf, exact_match that the runs have.
+    that of final answers where these are scored, token_f1, or else the first of accuracy, numeric_accuracy, rouge_l, chrf,
+    exact_match that the runs have.
     """
-    runs = read_runs(folders)
+    return of_runs(read_runs(folders), baseline=baseline, score=score)
+
+
+def of_runs(runs: Sequence[Run], *, baseline: str = "", score: str = "") -> Comparison:
+    """The same of runs that were read."""
     contenders = _baseline_first(grouped(runs), baseline)
     names = _scores_in_common(contenders)
     if score and score not in names:
@@ -94,7 +117,7 @@ def compare(folders: Sequence[str | Path], *, baseline: str = "", score: str = "
         )
     chosen = score or next(iter(names), "")
     first, *others = contenders
-    return Comparison(tuple(contenders), tuple(_adjusted([_judge(first, other, names) for other in others], names)), chosen)
+    return Comparison(tuple(contenders), tuple(adjusted([_judge(first, other, names) for other in others], chosen)), chosen)
 
 
 def _baseline_first(contenders: list[Contender], baseline: str) -> list[Contender]:
@@ -102,8 +125,9 @@ def _baseline_first(contenders: list[Contender], baseline: str) -> list[Contende
         return contenders
     wanted = Path(baseline).expanduser().resolve()
     for contender in contenders:
-        if baseline == contender.name or any(
-            baseline == run.name or run.history.folder.resolve() == wanted for run in contender.runs
+        folders = [run.history.folder.resolve() for run in contender.runs]
+        if baseline in (contender.name, contender.name.split(" (")[0], *(run.name for run in contender.runs)) or any(
+            wanted in (folder, folder.parent if contender.of_seeds else folder) for folder in folders
         ):
             return [contender, *(other for other in contenders if other is not contender)]
     raise ConfigError(
@@ -122,19 +146,22 @@ def _scores_in_common(contenders: Sequence[Contender]) -> list[str]:
 
 def _judge(base: Contender, other: Contender, names: Sequence[str]) -> Judgement:
     why = why_not_comparable(base, other)
-    return Judgement(
+    judged = Judgement(
         base=base,
         other=other,
         val_loss=None if why else _val_loss(base, other),
         not_comparable=why,
         evaluated=_evaluated(base, other),
         examples=len(base.first.answers.losses),
-        questions=len(base.common & other.common),
-        scores={name: found for name in names if (found := _score(base, other, name)) is not None},
+        questions=how_many(base.common & other.common),
+        scores={},
     )
+    return replace(judged, scores={name: found for name in names if (found := _score(judged, name)) is not None})
 
 
 def _val_loss(base: Contender, other: Contender) -> Difference | None:
+    if by_seed := _pairs_by_seed(base, other):
+        return statistics.by_t([each.val_loss - own.val_loss for own, each in by_seed])
     if base.of_seeds or other.of_seeds:
         of_base, of_other = (each.each(_best_loss) for each in (base, other))
         return statistics.difference_of_means(of_base, of_other) if of_base and of_other else None
@@ -145,52 +172,44 @@ def _val_loss(base: Contender, other: Contender) -> Difference | None:
     return statistics.difference_with_error(b.val_loss - a.val_loss, math.hypot(a.val_loss_se, b.val_loss_se), examples)
 
 
+def _pairs_by_seed(base: Contender, other: Contender) -> list[tuple[EvalReport, EvalReport]]:
+    """Best validations where each seed has validation examples of its own, the same for both: those are no doubt about the
+    difference. Of the same examples seeds are not paired: how they begin has little in common (`statistics.crossed`)."""
+    if not base.of_seeds or len({run.size("valid").get("digest") for run in base.runs}) < len(base.runs):
+        return []
+    one, two = ({run.settings.get("seed"): run for run in each.runs} for each in (base, other))
+    same = one.keys() == two.keys() and all(one[seed].size("valid") == two[seed].size("valid") for seed in one)
+    pairs = [(one[seed].best, two[seed].best) for seed in one] if same else []
+    return [(a, b) for a, b in pairs if a and b] if all(a and b for a, b in pairs) else []
+
+
 def _evaluated(base: Contender, other: Contender) -> Difference | None:
     """Where all are of the same examples: what makes one hard for both is no doubt about the difference then."""
     runs = [*base.runs, *other.runs]
     examples = list(base.first.answers.losses)
     if not examples or any(run.answers.losses.keys() != set(examples) for run in runs):
         return None
-    if base.of_seeds or other.of_seeds:
-        return statistics.difference_of_means(base.each(Run.evaluated), other.each(Run.evaluated))
-    a, b = (np.array([each.first.answers.losses[example] for example in examples]) for each in (base, other))
     weights = np.array([weight for _, _, weight in examples])
-    value = float(weights @ (b - a) / weights.sum())
-    return statistics.difference_with_error(value, standard_error(weights * (b - a), weights), len(weights))
+    a, b = (np.array([[run.answers.losses[one] for one in examples] for run in each.runs]) for each in (base, other))
+    if base.of_seeds or other.of_seeds:
+        return statistics.crossed(a, b, weights)
+    each = b[0] - a[0]
+    value = float(weights @ each / weights.sum())
+    return statistics.difference_with_error(value, standard_error(weights * each, weights), len(weights))
+
+
+def _dots(each: Contender, figure: Callable[[Run], float]) -> Dots:
+    values, found = each.each(figure), each.mean(figure)
+    return Dots(each.name, values, found.value, found.low, found.high)
 
 
 def _best_loss(run: Run) -> float:
     return run.best.val_loss if run.best else math.nan
 
 
-def _score(base: Contender, other: Contender, name: str) -> Difference | None:
+def _score(judged: Judgement, name: str) -> Difference | None:
     """On the questions that all of both have answered."""
-    common = in_common(base, other, name)
-    if not common:
+    if not in_common(judged.base, judged.other, name):
         return None
-    if base.of_seeds or other.of_seeds:
-        of_base, of_other = (each.each(lambda run: run.score(name, common)) for each in (base, other))
-        return statistics.difference_of_means(of_base, of_other)
-    a, b = (each.first.answers.tuned[name] for each in (base, other))
-    return statistics.paired([b[question] - a[question] for question in sorted(common)])
-
-
-def _adjusted(judgements: list[Judgement], names: Sequence[str]) -> list[Judgement]:
-    """With p as it is when as many comparisons are made at once."""
-    ps = statistics.holm([each.val_loss.p if each.val_loss else math.nan for each in judgements])
-    found = [
-        replace(each, val_loss=replace(each.val_loss, p=p)) if each.val_loss else each
-        for each, p in zip(judgements, ps, strict=True)
-    ]
-    ps = statistics.holm([each.evaluated.p if each.evaluated else math.nan for each in found])
-    found = [
-        replace(each, evaluated=replace(each.evaluated, p=p)) if each.evaluated else each
-        for each, p in zip(found, ps, strict=True)
-    ]
-    for name in names:
-        ps = statistics.holm([each.scores[name].p if name in each.scores else math.nan for each in found])
-        found = [
-            replace(each, scores=each.scores | {name: replace(each.scores[name], p=p)}) if name in each.scores else each
-            for each, p in zip(found, ps, strict=True)
-        ]
-    return found
+    base, other = judged.tables(name)
+    return statistics.crossed(base, other) if judged.of_seeds else statistics.paired((other[0] - base[0]).tolist())

@@ -21,6 +21,8 @@ from mlx_qlora.look.history import AROUND, History, number, read_history
 from mlx_qlora.look.pictures.figures import names_of
 from mlx_qlora.records import EvalReport
 
+_NOT_FINITE = "not finite"  # how a run ends that a guard has stopped
+
 
 @dataclass(frozen=True)
 class Run:
@@ -90,6 +92,16 @@ class Contender:
 
     name: str
     runs: tuple[Run, ...]
+    lost: tuple[Run, ...] = ()  # of further seeds, which have no model to compare: they are in no figure
+
+    @property
+    def told_lost(self) -> str:
+        """What became of them."""
+        how = ", ".join(f"{run.settings.get('seed', '?')} ended: {run.ended or 'not yet'}" for run in self.lost)
+        are = "is" if len(self.lost) == 1 else "are"
+        return (
+            f"{len(self.lost)} of {len(self.lost) + len(self.runs)} seeds of {self.name} {are} in none of its figures ({how})"
+        )
 
     @property
     def first(self) -> Run:
@@ -147,8 +159,10 @@ class Contender:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Every problem with a folder is in one error."""
-    paths = [Path(folder).expanduser() for folder in folders]
+    """Runs, and those in folders of seeds. Every problem with a folder is in one error."""
+    named = [Path(folder).expanduser() for folder in folders]
+    seeds = {each: seed_folders(each) for each in named}
+    paths = [run for each in named for run in seeds[each] or [each]]
     if len(paths) < 2:
         raise ConfigError(
             f"{'one run' if paths else 'no run'} came; two or more are expected: mlx-qlora compare runs/first runs/second. "
@@ -164,15 +178,37 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     problems += [
         f"{history.folder}: its run has made no update yet; there is nothing to compare."
         for history in histories
-        if not history.lines
+        if not history.lines and not any(history.folder in inside for inside in seeds.values())
+    ]
+    begun = {history.folder for history in histories if history.lines}
+    problems += [
+        f"{folder}: none of its runs has made an update yet; there is nothing to compare."
+        for folder, inside in seeds.items()
+        if inside and not begun & set(inside)
     ]
     if problems:
         raise RunFolderError("\n".join(dict.fromkeys(problems)))
-    names = names_of(histories)
+    return read(histories)
+
+
+def read(histories: Sequence[History]) -> list[Run]:
+    """With their answers. The run of a seed has its folder's name before its own."""
+    names = [
+        f"{history.folder.resolve().parent.name}/{name}" if re.fullmatch(r"seed_\d+", name) else name
+        for history, name in zip(histories, names_of(histories), strict=True)
+    ]
     return [
         Run(name, history, read_answers(history.folder), _ended(history))
         for name, history in zip(names, histories, strict=True)
     ]
+
+
+def seed_folders(folder: Path) -> list[Path]:
+    """The runs in a folder that `train --seeds` has filled; none in any other."""
+    if (folder / "config.yaml").exists() or not folder.is_dir():
+        return []
+    found = [each for each in folder.glob("seed_*") if each.name[5:].isdecimal() and (each / "config.yaml").is_file()]
+    return sorted(found, key=lambda each: int(each.name[5:]))
 
 
 def _counted(paths: Sequence[Path]) -> Counter[Path]:
@@ -201,7 +237,14 @@ def grouped(runs: Sequence[Run]) -> list[Contender]:
         while run.settings.get("seed") in [other.settings.get("seed") for other in groups.get((key, again), [])]:
             again += 1
         groups.setdefault((key, again), []).append(run)
-    return [Contender(_name([run.name for run in group]), tuple(group)) for group in groups.values()]
+    return [_contender(group) for group in groups.values()]
+
+
+def _contender(group: Sequence[Run]) -> Contender:
+    """Of several seeds, those that a guard stopped or that never began are told of and not counted."""
+    whole = [run for run in group if run.history.lines and run.ended != _NOT_FINITE] if len(group) > 1 else list(group)
+    counted = whole or [run for run in group if run.history.lines]
+    return Contender(_name([run.name for run in group]), tuple(counted), tuple(run for run in group if run not in counted))
 
 
 def _name(names: Sequence[str]) -> str:

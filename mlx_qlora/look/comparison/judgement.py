@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from mlx_qlora.look.comparison.answers import Question
 from mlx_qlora.look.comparison.contender import Contender, Run
-from mlx_qlora.look.comparison.statistics import Difference
+from mlx_qlora.look.comparison.statistics import Difference, Floats, error_of_seeds, holm, t_quantile
+from mlx_qlora.look.evaluation.enough import questions_needed, smallest_difference
 
 _FALSE_ALARMS = 0.05
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What differences of a score can be seen: 5 % false alarms, four of five true ones found."""
+
+    needed: int  # questions for the difference that was found; 0: there was none
+    smallest: float  # difference, with the questions that there are
+    seeds_hide: float  # a difference that the seeds' spread alone hides, however many the questions
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,43 @@ class Judgement:
         """How many questions these are."""
         return len(in_common(self.base, self.other, score))
 
+    def tables(self, score: str) -> tuple[Floats, Floats]:
+        """(of the base, of the other) by run and question, on the questions that all have in common."""
+        common = sorted(in_common(self.base, self.other, score))
+        base, other = (
+            np.array([[run.answers.tuned[score][question] for question in common] for run in each.runs])
+            for each in (self.base, self.other)
+        )
+        return base, other
+
+    def reach(self, score: str) -> Reach | None:
+        """What these questions can show; None of figures that are no shares."""
+        base, other = self.tables(score)
+        both = np.concatenate([base, other])
+        if both.size == 0 or both.min() < 0 or both.max() > 1:
+            return None
+        each = other.mean(0) - base.mean(0)
+        difference, apart = abs(float(each.mean())), float((each**2).mean())
+        accuracy = float(both.mean())
+        error, degrees = error_of_seeds(base, other) if self.of_seeds else (0.0, 1.0)
+        return Reach(
+            needed=questions_needed(difference, accuracy, apart) if difference else 0,
+            smallest=smallest_difference(len(each), accuracy, apart or None),
+            seeds_hide=t_quantile(0.975, degrees) * error if error > 0 else 0.0,
+        )
+
+    @property
+    def differences(self) -> dict[str, Difference]:
+        """All of them by name."""
+        losses = {"val_loss": self.val_loss, "evaluated": self.evaluated}
+        return {name: each for name, each in losses.items() if each} | {f"score {name}": d for name, d in self.scores.items()}
+
+    def with_ps(self, ps: Mapping[str, float]) -> Judgement:
+        """The same with other ps, by those names."""
+        found = {name: replace(each, p=ps.get(name, each.p)) for name, each in self.differences.items()}
+        scores = {name: found[f"score {name}"] for name in self.scores}
+        return replace(self, val_loss=found.get("val_loss"), evaluated=found.get("evaluated"), scores=scores)
+
     @property
     def by_loss(self) -> int | None:
         """1: better than the base, -1: worse, 0: no more than chance; None: it can't be said."""
@@ -59,6 +109,24 @@ class Judgement:
 
     def by_score(self, name: str) -> int | None:
         return _sign(self.scores.get(name))
+
+
+def adjusted(judgements: list[Judgement], score: str) -> list[Judgement]:
+    """With p as it is when as many comparisons are made at once: all that a verdict goes by together, the loss that is judged
+    and this score of every contender; each of the other figures by itself."""
+    families: dict[str, list[tuple[int, str]]] = {}
+    for place, judged in enumerate(judgements):
+        for name, each in judged.differences.items():
+            if each.value == 0 and not math.isfinite(each.half):
+                continue  # the same throughout: this could not have been a false alarm
+            told = name in ("evaluated" if judged.evaluated else "val_loss", f"score {score}")
+            families.setdefault("" if told else name, []).append((place, name))
+    ps: list[dict[str, float]] = [{} for _ in judgements]
+    for family in families.values():
+        found = holm([judgements[place].differences[name].p for place, name in family])
+        for (place, name), p in zip(family, found, strict=True):
+            ps[place][name] = p
+    return [judged.with_ps(own) for judged, own in zip(judgements, ps, strict=True)]
 
 
 def in_common(base: Contender, other: Contender, score: str) -> set[Question]:

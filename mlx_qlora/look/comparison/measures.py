@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from mlx_qlora.findings import size
-from mlx_qlora.look.comparison.answers import interval_of
+from mlx_qlora.look.comparison.answers import how_many, interval_of
 from mlx_qlora.look.comparison.contender import Contender, Run
 from mlx_qlora.look.comparison.judgement import Judgement
 from mlx_qlora.look.comparison.statistics import Difference, Interval
@@ -130,7 +130,8 @@ def _overfits(each: Contender) -> Cell:
 
 
 def _scores(contenders: Sequence[Contender]) -> Iterator[Row]:
-    counts = tuple(Cell(f"{len(each.common):,}", len(each.common)) if each.common else Cell() for each in contenders)
+    asked = [how_many(each.common) for each in contenders]
+    counts = tuple(Cell(f"{each:,}", each) if each else Cell() for each in asked)
     yield Row("answers", "questions", "questions", counts)
     names = list(dict.fromkeys(name for each in contenders for run in each.runs for name in run.answers.tuned))
     for name in names:

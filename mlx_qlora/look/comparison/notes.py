@@ -21,7 +21,9 @@ def notes(contenders: Sequence[Contender], judgements: Sequence[Judgement], scor
         *_not_comparable(judgements),
         *_going_on(runs),
         *_missing(contenders, judgements),
+        *_lost(contenders),
         *_chance(contenders, judgements, score),
+        *_questions(judgements, score),
         *_exposure(contenders),
         *_data(contenders),
         *_answers(runs),
@@ -73,8 +75,18 @@ def _chance(contenders: Sequence[Contender], judgements: Sequence[Judgement], sc
             f"all are compared with {contenders[0].name} (--baseline names another); p is adjusted for {len(judgements)} "
             "comparisons (Holm), and each interval is that of one comparison alone"
         )
+    elif any(judged.loss and judged.scores for judged in judgements):
+        yield "loss and answers are both looked at: p is adjusted for that (Holm), and each interval is that of one alone"
     if any(judged.of_seeds for judged in judgements):
-        yield "with several seeds on a side, seeds are what is counted: Student's t, by Welch where both sides have several"
+        yield (
+            "with several seeds on a side, their spread counts (Student's t, by Welch); of answers and evaluated losses that "
+            "of the questions and examples, which are the same for all, counts too"
+        )
+    if any(judged.of_seeds and judged.val_loss and not judged.evaluated for judged in judgements):
+        yield (
+            "val_loss over seeds is that of these validation examples; how far others might say something else, the examples "
+            "themselves tell, once mlx-qlora evaluate has measured each"
+        )
     if any(not judged.of_seeds for judged in judgements):
         yield (
             "one seed each: whether the settings or the chance of the seed made a difference can't be told; "
@@ -89,6 +101,59 @@ def _chance(contenders: Sequence[Contender], judgements: Sequence[Judgement], sc
     named = {judged.questions for judged in judgements if score in judged.scores and not judged.of_seeds}
     if named:
         yield f"{title(score)}: paired by question; intervals by bootstrap over questions, p by flipping signs"
+
+
+def _lost(contenders: Sequence[Contender]) -> Iterator[str]:
+    for each in contenders:
+        if each.lost:
+            yield f"{each.told_lost}: that is a part of what these settings do, and no test knows of it"
+
+
+def _questions(judgements: Sequence[Judgement], score: str) -> Iterator[str]:
+    """Whether there were enough of them for the difference that was found."""
+    for judged in judgements:
+        found, sign = judged.scores.get(score), judged.by_score(score)
+        reach = judged.reach(score)
+        if found is None or sign is None or reach is None:
+            continue
+        said = f"{title(score)} of {judged.other.name}: the difference of {points(abs(found.value))}"
+        asked = f"there were {judged.asked(score):,}"
+        if sign == 0 and reach.seeds_hide > abs(found.value):
+            yield (
+                f"{said} is less than what {_seeds(judged)} let one see, however many questions are asked: "
+                f"their own spread hides up to {points(reach.seeds_hide)}; more seeds would tell more"
+            )
+        elif sign == 0 and found.value and reach.needed > judged.asked(score):
+            yield f"{said} would take about {rounded(reach.needed)} questions to be seen; {asked}"
+        elif sign == 0:
+            smallest = f"differences from about {points(reach.smallest)} on" if reach.smallest <= 1 else "no difference at all"
+            yield f"{title(score)} of {judged.other.name}: {judged.asked(score):,} questions show {smallest}"
+        elif reach.needed > judged.asked(score):
+            yield (
+                f"{said} is more than chance, and larger than so few questions show reliably: they would be about "
+                f"{rounded(reach.needed)}, {asked}; with others it may well be smaller"
+            )
+
+
+def _seeds(judged: Judgement) -> str:
+    counts = [len(each.runs) for each in (judged.base, judged.other)]
+    return f"{counts[0]} seeds" if counts[0] == counts[1] else f"{counts[0]} and {counts[1]} seeds"
+
+
+def points(share: float) -> str:
+    """
+    >>> points(0.015), points(0.01), points(0.123)
+    ('1.5 points', '1.0 points', '12 points')
+    """
+    return f"{100 * share:.{1 if share < 0.0995 else 0}f} points"
+
+
+def rounded(count: int) -> str:
+    """
+    >>> rounded(3123), rounded(87)
+    ('3,100', '87')
+    """
+    return f"{count:,}" if count < 100 else f"{int(float(f'{count:.2g}')):,}"
 
 
 _MUCH = 2.0  # times as many tokens seen are worth a word

@@ -37,6 +37,13 @@ def text(names: Sequence[str], rows: Sequence[Row], width: int) -> str:
     return "\n".join(_below(names, rows, width)).rstrip()
 
 
+def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of cells, each column as wide as it has to be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
 # A measure in each line
 
 
@@ -125,7 +132,7 @@ def _cut(name: str, most: int, share: float) -> str:
 # Files
 
 
-def markdown(names: Sequence[str], rows: Sequence[Row], verdict: str, notes: Sequence[str], picture: str) -> str:
+def markdown(names: Sequence[str], rows: Sequence[Row], verdict: str, notes: Sequence[str], pictures: Sequence[str]) -> str:
     lines = [f"**{_escaped(verdict)}**", ""]
     for section, inside in groupby(rows, lambda row: row.section):
         lines += [f"| {_escaped(section)} | {' | '.join(map(_escaped, names))} |", f"|---{'|---' * len(names)}|"]
@@ -133,7 +140,8 @@ def markdown(names: Sequence[str], rows: Sequence[Row], verdict: str, notes: Seq
             cells = (_escaped(cell.text).replace("\n", "<br>") for cell in row.cells)
             lines.append(f"| {_escaped(row.label)} | {' | '.join(cells)} |")
         lines.append("")
-    lines += [f"![Curves of {_escaped(', '.join(names))}]({picture})", ""] if picture else []
+    for what, picture in zip(("Curves", "Each seed"), pictures, strict=False):
+        lines += [f"![{what} of {_escaped(', '.join(names))}]({picture})", ""]
     return "\n".join([*lines, *(f"- {_escaped(note)}" for note in notes)]) + "\n"
 
 

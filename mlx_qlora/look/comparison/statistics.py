@@ -11,6 +11,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_qlora.look.measure import standard_error
+
 Floats = NDArray[np.float64]
 
 SURE = 0.95
@@ -97,6 +99,38 @@ def _error_of_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float,
     if of_a + of_b == 0:
         return 0.0, math.nan
     return math.sqrt(of_a + of_b), (of_a + of_b) ** 2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1))
+
+
+def by_t(differences: Sequence[float]) -> Difference:
+    """The mean of a few differences, such as one for each seed, by Student's t."""
+    found = mean(differences)
+    return _by_t(found.value, float(np.std(differences, ddof=1)) / math.sqrt(len(differences)), len(differences) - 1)
+
+
+def crossed(a: Floats, b: Floats, weights: Floats | None = None) -> Difference:
+    """mean(b) - mean(a) of figures by (run, question): the runs of a side differ in their seeds, the questions are the same.
+
+    Other questions would have given another difference, and other seeds, too: the squares of both errors are added, with
+    degrees of freedom by Welch and Satterthwaite. Either alone would call one difference in ten that is none a difference,
+    or worse. Runs of the same seed are not paired: of three seeds that takes more degrees of freedom than it gives back.
+    """
+    each = b.mean(0) - a.mean(0)
+    weights = np.ones(len(each)) if weights is None else weights
+    value = float(weights @ each / weights.sum())
+    of_questions = standard_error(weights * each, weights) if len(each) > 1 else math.nan
+    of_seeds, degrees = error_of_seeds(a, b, weights)
+    parts = [(of_questions, len(each) - 1.0), (of_seeds, degrees)]
+    error = math.hypot(of_questions, of_seeds)
+    if error == 0 and value:  # all questions alike, for every seed
+        return Difference(value, p=sign_flips(each))
+    below = sum(part**4 / own for part, own in parts if part > 0)
+    return _by_t(value, error, error**4 / below if below > 0 else math.nan)
+
+
+def error_of_seeds(a: Floats, b: Floats, weights: Floats | None = None) -> tuple[float, float]:
+    """(standard error, degrees of freedom) that seeds alone give to the difference of two such tables."""
+    of_a, of_b = (np.average(side, axis=1, weights=weights).tolist() for side in (a, b))
+    return _error_of_difference(of_a, of_b)
 
 
 def paired(differences: Sequence[float]) -> Difference:

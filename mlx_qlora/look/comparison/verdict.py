@@ -20,7 +20,8 @@ def sentence(contenders: Sequence[Contender], judgements: Sequence[Judgement], s
     else:
         said = _of_two(judgements[0], score) if len(judgements) == 1 else _of_many(contenders, judgements, score)
     going_on = [run.name for each in contenders for run in each.runs if not run.ended]
-    return f"{said}{'; still going on: ' if going_on else ''}{', '.join(going_on)}."
+    lost = "".join(f"; {each.told_lost}" for each in contenders if each.lost)
+    return f"{said}{lost}{'; still going on: ' if going_on else ''}{', '.join(going_on)}."
 
 
 def p_text(p: float) -> str:
@@ -72,7 +73,10 @@ def _loss(judged: Judgement) -> str:
     if judged.loss is None or judged.by_loss is None:
         return ""
     a, b = judged.losses()
-    return f"{_loss_name(judged)} {b:.3f} against {a:.3f}{_loss_on(judged)} ({_difference(judged.loss, judged)})"
+    told = _difference(judged.loss, judged)
+    if judged.by_loss == 0 and judged.loss.low * judged.loss.high > 0:  # the interval is that of one comparison alone
+        told += f", {p_text(judged.loss.p)} as one of several comparisons"
+    return f"{_loss_name(judged)} {b:.3f} against {a:.3f}{_loss_on(judged)} ({told})"
 
 
 def _loss_name(judged: Judgement) -> str:
@@ -167,4 +171,7 @@ def _leader(contenders: Sequence[Contender], judgements: Sequence[Judgement]) ->
     if not known:
         return ""
     lowest = min(known, key=lambda name: known[name])
+    signs = {judged.other.name: judged.by_loss for judged in judgements}
+    if signs[lowest] != 1 if lowest in signs else set(signs.values()) != {-1}:
+        return ""  # no test tells it from the others
     return f"; the lowest val_loss is that of {lowest} ({known[lowest]:.3f})"

@@ -32,11 +32,24 @@ _WORDS = frozenset(
         "ended", "phase", "how", "reason", "device", "python", "platform", "time", "shape", "kind", "layout", "compile",
         "grade", "grade_at_best", "grade_of_mean", "optimizer", "schedule", "matmul", "trunk_cache", "train_on", "truncation",
         "malformed", "format", "grad_checkpoint", "checkpointing", "targets", "signal", "mode", "event", "report_to",
-        "windows", "overlap", "architecture", "fine_tune_type", "precision", "decay",
+        "windows", "overlap", "architecture", "fine_tune_type", "precision", "decay", "loss", "estimate",
     }
 )  # fmt: skip
 _PATHS = frozenset(
-    {"model", "data", "output_dir", "config", "resume", "trunk_cache_dir", "data_cache", "teacher", "preset", "tokenizer"}
+    {
+        "model",
+        "data",
+        "output_dir",
+        "config",
+        "resume",
+        "trunk_cache_dir",
+        "data_cache",
+        "teacher",
+        "teacher_adapters",
+        "cache",
+        "preset",
+        "tokenizer",
+    }
 )
 _DATA = frozenset({"fields", "chat_template", "system", "rows", "text", "prompt", "tokens_text", "questions_text"})
 _IDENTITY = frozenset({"host", "boot", "pid_space", "process_start", "user"})

@@ -26,7 +26,7 @@ class SoFar:
     """
 
     def __init__(self, folder: Path, told: object, questions: Sequence[Question]):
-        asked = json.dumps([str(told), [(each.id, each.prompt) for each in questions]])
+        asked = json.dumps([str(told), [(each.id, each.prompt, *_chain(each)) for each in questions]])
         self._of = hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()
         self.path = folder / NAME
         self._questions = questions
@@ -43,10 +43,10 @@ class SoFar:
                 self.answers.setdefault(str(line.get("model")), {})[numbers[line["id"]]] = line["answer"]
         return sum(map(len, self.answers.values()))
 
-    def left(self, which: str) -> list[int]:
+    def left(self, which: str, among: Sequence[int] | None = None) -> list[int]:
         """Numbers of the questions that one of the models still has to answer."""
         known = self.answers.get(which, {})
-        return [number for number in range(len(self._questions)) if number not in known]
+        return [number for number in (range(len(self._questions)) if among is None else among) if number not in known]
 
     @contextmanager
     def keeping(self, which: str, numbers: Sequence[int]) -> Iterator[Callable[[Mapping[int, str]], None]]:
@@ -71,6 +71,11 @@ class SoFar:
 
     def done(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def _chain(question: Question) -> tuple[tuple[int, ...], ...]:
+    """What an answer depends on besides its prompt."""
+    return (question.rationale_tokens, question.cue_tokens) if question.cue_tokens else ()
 
 
 class Progress:

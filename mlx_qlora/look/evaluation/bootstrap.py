@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mlx_qlora.look.gap import SURE
 
 RESAMPLES = 2000
 _AT_ONCE = 4_000_000  # numbers that are held at once
@@ -31,6 +33,35 @@ class Estimate:
 
     def to_json(self) -> dict[str, float | int]:
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
+
+def share(right: float, n: int) -> Estimate:
+    """How many of `n` answers are right, with Wilson's interval. It is used for all that is right or wrong, and not only
+    where the bootstrap knows nothing: drawn again, 20 right ones of 20 are always 20, and its interval of 1 in 20 is too
+    narrow, too. Wilson's holds the truth in about 95 % of cases from 0 of n to n of n.
+
+    >>> found = share(20, 20)
+    >>> round(found.low, 3), found.high
+    (0.839, 1.0)
+    """
+    if not n:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    value, spread = right / n, SURE**2 / n
+    middle = (value + spread / 2) / (1 + spread)
+    half = SURE * math.sqrt(value * (1 - value) / n + spread / (4 * n)) / (1 + spread)
+    low, high = (0.0 if right == 0 else middle - half), (1.0 if right == n else middle + half)
+    return Estimate(value, low, high, n)
+
+
+def mean_of_shares(shares: Sequence[Estimate]) -> Estimate:
+    """Each counts the same, whatever its n. The interval is put together of how far theirs reach (Zou and Donner), so that it
+    is right where some are 0 or 1."""
+    value = sum(each.value for each in shares) / len(shares)
+    down, up = (
+        math.sqrt(sum((each.value - end) ** 2 for each, end in zip(shares, ends, strict=True))) / len(shares)
+        for ends in ([each.low for each in shares], [each.high for each in shares])
+    )
+    return Estimate(value, value - down, value + up, len(shares))
 
 
 def mean_of(values: NDArray[np.float64]) -> Statistic:

@@ -18,7 +18,7 @@ def load_metrics(names: Sequence[str], taken: Sequence[str]) -> list[Named]:
     """The functions of these names. One that goes by the name of another score gets its whole name."""
     found: list[Named] = []
     for name in names:
-        function = _function(name)
+        function = load_function(name, "--metric", "(answer, expected) -> number")
         short = name.replace(":", ".").rpartition(".")[2]
         if short in taken or short in (each.name for each in found):
             short = name.replace(":", ".")
@@ -26,24 +26,25 @@ def load_metrics(names: Sequence[str], taken: Sequence[str]) -> list[Named]:
     return found
 
 
-def _function(name: str) -> Any:
+def load_function(name: str, flag: str, shape: str) -> Any:
+    """A function of a person's own, named as package.module:function; `flag` and `shape` say where and what is expected."""
     module, _, function = name.rpartition(":") if ":" in name else name.rpartition(".")
     if not module or not function:
-        raise ConfigError(f"--metric {name}: a function is expected, as package.module:function.")
+        raise ConfigError(f"{flag} {name}: a function is expected, as package.module:function.")
     here = str(Path.cwd())
     if here not in sys.path:  # where people's own modules lie; `python -m` looks there, an installed command does not
         sys.path.insert(0, here)
     try:
         value: Any = importlib.import_module(module)
     except Exception as error:  # a person's own code: it may raise anything
-        reason = f"{type(error).__name__}: {_line(error)}"
-        raise ConfigError(f"--metric {name}: {module} can't be imported from {here}: {reason}.") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ConfigError(f"{flag} {name}: {module} can't be imported from {here}: {reason}.") from error
     for part in function.split("."):
         if not (part in vars(value) or part in dir(value)):
-            raise ConfigError(f"--metric {name}: {module} has no {function}; a function in it is expected.")
+            raise ConfigError(f"{flag} {name}: {module} has no {function}; a function in it is expected.")
         value = getattr(value, part)
     if not callable(value):
-        raise ConfigError(f"--metric {name}: {value!r:.60} came; a function (answer, expected) -> number is expected.")
+        raise ConfigError(f"{flag} {name}: {value!r:.60} came; a function {shape} is expected.")
     return value
 
 
@@ -53,7 +54,7 @@ def _checked(name: str, function: Any) -> Any:
             value = function(answer, expected)
         except Exception as error:
             raise ConfigError(
-                f"--metric {name}: it raised {type(error).__name__}: {_line(error)}, when it was called with "
+                f"--metric {name}: it raised {type(error).__name__}: {one_line(error)}, when it was called with "
                 f"(answer={answer!r:.80}, expected={expected!r:.80})."
             ) from error
         number = isinstance(value, Real) or type(value).__module__ == "numpy"
@@ -71,5 +72,5 @@ def _checked(name: str, function: Any) -> Any:
     return score
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200].rstrip(".")

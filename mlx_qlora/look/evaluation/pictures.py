@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from mlx_qlora.look.evaluation.bootstrap import Estimate
+from mlx_qlora.look.evaluation.compared import BASE, TUNED, Compared
 from mlx_qlora.look.evaluation.labels import OTHER
-from mlx_qlora.look.evaluation.results import BASE, TUNED, Compared, Evaluation
+from mlx_qlora.look.evaluation.results import Evaluation
 from mlx_qlora.run.disk import aside
 
 SCORES, CONFUSION = "evaluation_scores.png", "evaluation_confusion.png"

@@ -1,32 +1,38 @@
-"""What an evaluation found, and the files that say it: evaluation_report.json, evaluation_summary.csv, predictions.jsonl,
-evaluation_losses.jsonl."""
+"""What an evaluation found."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_qlora.look.evaluation.bootstrap import Estimate, Statistic, difference_of, estimates, mean_of
+from mlx_qlora.data.render import Question
+from mlx_qlora.look.evaluation import enough
+from mlx_qlora.look.evaluation.bootstrap import Statistic, difference_of, estimates, mean_of
+from mlx_qlora.look.evaluation.chains import Chained, Thought, chained, rationale_scores
+from mlx_qlora.look.evaluation.compared import (
+    BASE,
+    DIFFERENCE,
+    RIGHT_OR_WRONG,
+    TUNED,
+    Compared,
+    Tasks,
+    Values,
+    by_task,
+    share_of,
+)
+from mlx_qlora.look.evaluation.finals import Finals
 from mlx_qlora.look.evaluation.labels import Classified, classified
 from mlx_qlora.look.evaluation.perplexity import OfText
 from mlx_qlora.look.evaluation.scores import Named, mean, title
 from mlx_qlora.look.gap import SURE
 from mlx_qlora.look.measure import Measured, standard_error
-from mlx_qlora.run.disk import write_atomically, write_json, write_lines
 
-REPORT, SUMMARY, PREDICTIONS = "evaluation_report.json", "evaluation_summary.csv", "predictions.jsonl"
-LOSSES = "evaluation_losses.jsonl"
-TUNED, BASE, DIFFERENCE = "tuned", "base", "difference"
-_SIX = 6  # signs that are all the same by chance in 1 of 32 cases
-_OWN = {"exact_match", "token_f1", "rouge_l", "chrf", "accuracy", "numeric_accuracy"}
+_OWN = {"token_f1", "rouge_l", "chrf"} | RIGHT_OR_WRONG
 
 
 @dataclass(frozen=True)
@@ -40,36 +46,20 @@ class Prediction:
     base: str | None
     scores: dict[str, float]
     base_scores: dict[str, float]
+    task: str = ""
+    rationale: str | None = None  # in the data, where the answer is a chain of thought
+    thoughts: dict[str, Thought] = field(default_factory=dict)  # of TUNED and BASE
 
     def to_json(self) -> dict[str, Any]:
-        line = {"id": self.id, "question": self.question, "expected": self.expected, "answer": self.answer}
-        if self.base is None:
-            return line | {"scores": self.scores}
-        return line | {"base": self.base, "scores": self.scores, "base_scores": self.base_scores}
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A score of the model that was asked about, of its base, and the difference; the latter two where a base was asked."""
-
-    title: str
-    tuned: Estimate
-    base: Estimate | None = None
-    difference: Estimate | None = None
-
-    @property
-    def within_noise(self) -> bool:
-        """Whether other questions could as well have given the other sign."""
-        found = self.difference
-        if found is None:
-            return False
-        if math.isnan(found.low) and found.n >= _SIX:  # each question makes the same difference
-            return abs(found.value) < 1e-9
-        return not (found.low > 0 or found.high < 0)
-
-    def columns(self) -> dict[str, Estimate]:
-        found = {TUNED: self.tuned, BASE: self.base, DIFFERENCE: self.difference}
-        return {name: each for name, each in found.items() if each is not None}
+        line: dict[str, Any] = {"id": self.id} | ({"task": self.task} if self.task else {})
+        line |= {"question": self.question}
+        line |= {"rationale": self.rationale} if self.thoughts else {}
+        line |= {"expected": self.expected, "answer": self.answer}
+        line |= {"scores": self.scores} if self.base is None else {"base": self.base, "scores": self.scores}
+        line |= {} if self.base is None else {"base_scores": self.base_scores}
+        for which, thought in self.thoughts.items():
+            line |= {("base_" if which == BASE else "") + name: value for name, value in thought.to_json().items()}
+        return line
 
 
 @dataclass(frozen=True)
@@ -95,6 +85,7 @@ class Evaluation:
     text: dict[str, Any] | None = None  # where the data is raw text: how it was read, and how much
     of_text: dict[str, OfText] = field(default_factory=dict)  # of TUNED and BASE
     base: str = ""  # the model that it was made of in full
+    finals: Finals = field(default_factory=Finals)
 
     @property
     def title(self) -> str:
@@ -134,18 +125,72 @@ class Evaluation:
                 own, base = self.classified(TUNED).macro_f1, self.classified(BASE).macro_f1
                 statistics |= self._beside("macro_f1", own, base, len(self.predictions))
         found = estimates(statistics, len(self.predictions))
+        for name in titles:
+            if name in RIGHT_OR_WRONG:
+                found |= {f"{which} {name}": share_of(self.values(name, which)) for which in self.models}
         return {
             name: Compared(title, found[f"{TUNED} {name}"], found.get(f"{BASE} {name}"), found.get(f"{DIFFERENCE} {name}"))
             for name, title in titles.items()
         }
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Who was asked."""
+        return (TUNED, BASE) if self.compares else (TUNED,)
+
     def _beside(self, name: str, own: Statistic, base: Statistic, known: int) -> dict[str, tuple[Statistic, int]]:
         return {f"{BASE} {name}": (base, known), f"{DIFFERENCE} {name}": (difference_of(own, base), known)}
 
     def _column(self, name: str, which: str) -> tuple[Statistic, int]:
-        of = [each.scores if which == TUNED else each.base_scores for each in self.predictions]
-        values = np.array([scores.get(name, math.nan) for scores in of])
+        values = self.values(name, which)
         return mean_of(values), int(np.isfinite(values).sum())
+
+    def values(self, name: str, which: str) -> Values:
+        """A score of each question; NaN where it says nothing of one."""
+        of = [each.scores if which == TUNED else each.base_scores for each in self.predictions]
+        return np.array([scores.get(name, math.nan) for scores in of])
+
+    @property
+    def headline(self) -> str:
+        """The name of the score that says best how many answers are right."""
+        return self.finals.name or ("accuracy" if self.labels else "exact_match")
+
+    @property
+    def likely_accuracy(self) -> float:
+        """The middle of the interval: of few questions that are all wrong, the next one may well be right."""
+        found = self.scores[self.headline].tuned
+        return (found.low + found.high) / 2
+
+    @property
+    def discordance(self) -> float | None:
+        """The share of questions that exactly one of model and base gets right."""
+        if not self.compares or not self.predictions:
+            return None
+        return float(np.mean(self.values(self.headline, TUNED) != self.values(self.headline, BASE)))
+
+    @cached_property
+    def of_tasks(self) -> Tasks | None:
+        """The headline by task, where there are several."""
+        tasks = [each.task for each in self.predictions]
+        if len(set(tasks)) < 2:
+            return None
+        return by_task(tasks, self.values(self.headline, TUNED), self.values(self.headline, BASE) if self.compares else None)
+
+    @cached_property
+    def chains(self) -> dict[str, Chained]:
+        """By model, of the questions whose answers are chains of thought; empty where there are none."""
+        places = [place for place, each in enumerate(self.predictions) if each.thoughts]
+        if not places:
+            return {}
+        of = {which: [self.predictions[place].thoughts[which] for place in places] for which in self.models}
+        return {which: chained(self.values(self.headline, which)[places], each, self.headline) for which, each in of.items()}
+
+    def without_final(self, which: str, task: str | None = None) -> tuple[int, int]:
+        """(answers in which nothing was found that could be right or wrong, all of them), perhaps of one task."""
+        found = {task: each.found for each in self.finals.scores for task in each.tasks or ()}
+        asked = [each for each in self.predictions if task in (None, each.task)]
+        readers = [(found.get(each.task), each.answer if which == TUNED else each.base or "") for each in asked]
+        return sum(reader is not None and not reader(answer) for reader, answer in readers), len(asked)
 
     def classified(self, which: str) -> Classified:
         """The answers as labels."""
@@ -155,7 +200,7 @@ class Evaluation:
     @cached_property
     def worst(self) -> tuple[Prediction, ...]:
         """The answers with the lowest mean of the scores from 0 to 1; those that are right are none of them."""
-        own = [name for name in (each.name for each in self.metrics) if name in _OWN]
+        own = [name for name in dict.fromkeys(each.name for each in self.metrics) if name in _OWN]
         worth = {each.id: mean([each.scores[name] for name in own if name in each.scores]) for each in self.predictions}
         wrong = [each for each in self.predictions if worth[each.id] < 1]
         return tuple(sorted(wrong, key=lambda each: worth[each.id])[: self.worst_count])
@@ -177,9 +222,8 @@ class Evaluation:
             "base_perplexity": base and perplexity_json(base),
             **self._of_tokens(),
             "text": self.text,
-            "scores": {
-                name: {which: each.to_json() for which, each in score.columns().items()} for name, score in self.scores.items()
-            },
+            "scores": {name: score.to_json() for name, score in self.scores.items()},
+            **self._finals_json(),
             "labels": list(self.labels) or None,
             "classes": self._classes(TUNED),
             "base_classes": self._classes(BASE) if self.compares else None,
@@ -198,6 +242,30 @@ class Evaluation:
             found[name], found[f"base_{name}"] = loss_json(of[TUNED]), base and loss_json(base)
             found[f"{name}_difference"] = base and loss_json(loss_difference(of[TUNED], base))
         return found
+
+    def _finals_json(self) -> dict[str, Any]:
+        """What there is to say of answers that are right or wrong."""
+        found: dict[str, Any] = {}
+        if self.predictions:
+            figures = enough.to_json(len(self.predictions), self.likely_accuracy, self.discordance)
+            found["enough"] = {"score": self.headline, **figures}
+        if self.finals.scores:
+            found["final"] = {"score": self.headline, "without": self._without_json()}
+        if self.chains:
+            found["chains"] = {which: each.to_json() for which, each in self.chains.items()}
+        if self.of_tasks:
+            kinds = dict(self.finals.kinds)
+            found["tasks"] = {
+                task: {"kind": kinds.get(task), **score.to_json()}
+                | ({"without": self._without_json(task)} if self.finals.scores else {})
+                for task, score in self.of_tasks.each.items()
+            }
+            found["mean_over_tasks"] = self.of_tasks.mean.to_json()
+        return found
+
+    def _without_json(self, task: str | None = None) -> dict[str, Any]:
+        counts = {which: self.without_final(which, task) for which in self.models}
+        return {which: {"answers": count, "of": whole} for which, (count, whole) in counts.items()}
 
     def _classes(self, which: str) -> dict[str, Any] | None:
         if not self.labels:
@@ -230,68 +298,32 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 or math.isnan(value) else math.inf
 
 
-def write(found: Evaluation, folder: Path) -> list[Path]:
-    """The files, each whole; the report comes last, so that one that is there has the others beside it."""
-    write_lines(folder / PREDICTIONS, [each.to_json() for each in found.predictions])
-    write_lines(folder / LOSSES, _of_each_example(found))
-    write_atomically(folder / SUMMARY, _table(found))
-    write_json(folder / REPORT, found.to_json())
-    return [folder / name for name in (REPORT, SUMMARY, PREDICTIONS, LOSSES)]
-
-
-def _of_each_example(found: Evaluation) -> list[dict[str, Any]]:
-    """Its loss, in nats a token: another run's on the same examples can be compared one by one."""
-    losses = {"loss": found.loss} | ({"base_loss": found.base_loss} if found.base_loss else {})
-    if any(len(each.totals) != len(found.examples) for each in losses.values()):
-        return []
-    return [
-        {"id": id, "digest": digest, "weight": weight}
-        | {name: float(each.totals[number]) / weight for name, each in losses.items()}
-        for number, ((id, digest), weight) in enumerate(zip(found.examples, found.loss.weights.tolist(), strict=True))
-        if weight
-    ]
-
-
-def _table(found: Evaluation) -> str:
-    """A line per score and model."""
-    written = io.StringIO()
-    writer = csv.writer(written, lineterminator="\n")
-    writer.writerow(("score", "model", "value", "low", "high", "n"))
-    own = TUNED if found.title == "fine-tuned" else "model"
-    losses = [(own, found.loss)]
-    if found.base_loss:
-        losses += [(BASE, found.base_loss), (DIFFERENCE, loss_difference(found.loss, found.base_loss))]
-    for which, loss in losses:
-        writer.writerow(("loss", which, *_plain(loss_bounds(loss)), len(loss.totals)))
-    for which, loss in losses[:2]:
-        writer.writerow(("perplexity", which, *_plain(perplexity_json(loss).values()), len(loss.totals)))
-    for name, of in found.of_tokens.items():
-        rows = {own: of[TUNED]} | ({BASE: of[BASE], DIFFERENCE: loss_difference(of[TUNED], of[BASE])} if BASE in of else {})
-        for which, one in rows.items():
-            writer.writerow((name, which, *_plain(loss_bounds(one)), len(one.totals)))
-    for name, score in found.scores.items():
-        for which, each in score.columns().items():
-            writer.writerow((name, own if which == TUNED else which, *_plain((each.value, each.low, each.high)), each.n))
-    return written.getvalue()
-
-
-def _plain(values: Any) -> list[str]:
-    """An empty field where there is no number."""
-    return [repr(value) if math.isfinite(value) else "" for value in values]
+# (its own rationale, whether it ended, the answer after the data's), by model.
+Thinking = Mapping[str, tuple[str, bool, str]]
 
 
 def predictions(
-    questions: Sequence[tuple[str, str, str]], answers: Mapping[str, Sequence[str]], metrics: Sequence[Named]
+    questions: Sequence[Question],
+    answers: Mapping[str, Sequence[str]],
+    metrics: Sequence[Named],
+    thinking: Mapping[int, Thinking] | None = None,
 ) -> tuple[Prediction, ...]:
-    """Of (id, question, expected) and the answers of `tuned` and perhaps `base`, scored."""
+    """Of the answers of `tuned` and perhaps `base`, scored; `thinking` is that of questions by their numbers."""
     made = []
-    for number, (id, question, expected) in enumerate(questions):
+    for number, one in enumerate(questions):
         said = {which: texts[number] for which, texts in answers.items()}
-        worth = {which: _scored(text, expected, metrics) for which, text in said.items()}
-        made.append(Prediction(id, question, expected, said[TUNED], said.get(BASE), worth[TUNED], worth.get(BASE, {})))
+        worth = {which: _scored(text, one, metrics) for which, text in said.items()}
+        thoughts = {which: _thought(one, metrics, *each) for which, each in (thinking or {}).get(number, {}).items()}
+        own, base = (said[TUNED], said.get(BASE)), (worth[TUNED], worth.get(BASE, {}))
+        made.append(Prediction(one.id, one.text, one.expected, *own, *base, one.task, one.rationale, thoughts))
     return tuple(made)
 
 
-def _scored(answer: str, expected: str, metrics: Sequence[Named]) -> dict[str, float]:
-    values = {each.name: each.of(answer, expected) for each in metrics}
+def _thought(asked: Question, metrics: Sequence[Named], own: str, ended: bool, given: str) -> Thought:
+    return Thought(own, ended, given, _scored(given, asked, metrics), rationale_scores(own, asked.rationale or ""))
+
+
+def _scored(answer: str, asked: Question, metrics: Sequence[Named]) -> dict[str, float]:
+    own = [each for each in metrics if each.tasks is None or asked.task in each.tasks]
+    values = {each.name: each.of(answer, asked.expected) for each in own}
     return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -22,6 +22,8 @@ class Named:
 
     name: str
     of: Score
+    tasks: frozenset[str] | None = None  # whose questions it speaks of; None: of all
+    found: Callable[[str], bool] | None = None  # whether there was anything in an answer that could be right
 
     @property
     def title(self) -> str:
@@ -110,7 +112,8 @@ _PACKAGES = {"rouge_score": ("rouge_l", rouge_l), "sacrebleu": ("chrf", chrf)}
 # What people read.
 TITLES = {
     "exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L", "chrf": "chrF", "accuracy": "accuracy",
-    "numeric_accuracy": "last number", "macro_f1": "macro F1",
+    "numeric_accuracy": "last number", "macro_f1": "macro F1", "final_number": "final number", "final_option": "final option",
+    "final_text": "final answer", "final_answer": "final answer",
 }  # fmt: skip
 
 

@@ -8,9 +8,11 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from mlx_qlora.look.evaluation.bootstrap import FEW
+from mlx_qlora.look.evaluation import enough
+from mlx_qlora.look.evaluation.bootstrap import FEW, Estimate
+from mlx_qlora.look.evaluation.compared import BASE, TUNED
 from mlx_qlora.look.evaluation.labels import OTHER
-from mlx_qlora.look.evaluation.results import BASE, TUNED, Evaluation, Prediction, loss_bounds, loss_difference, perplexity_json
+from mlx_qlora.look.evaluation.results import Evaluation, Prediction, loss_bounds, loss_difference, perplexity_json
 from mlx_qlora.look.gap import SURE
 from mlx_qlora.look.measure import Measured
 
@@ -24,7 +26,8 @@ def told(found: Evaluation) -> Iterator[str]:
     if found.scores:
         yield ""
         yield from _scores(found)
-    for each in (_classes, _harness, _worst, _notes):
+        yield from _without(found)
+    for each in (_chains, _tasks, _classes, _harness, _worst, _notes):
         lines = list(each(found))
         if lines:
             yield ""
@@ -116,6 +119,67 @@ def _scores(found: Evaluation) -> Iterator[str]:
         ).rstrip()
 
 
+def _without(found: Evaluation) -> Iterator[str]:
+    """How many answers had nothing in them that could be right."""
+    counts = {which: found.without_final(which) for which in found.models}
+    if not found.finals.scores or not any(count for count, _ in counts.values()):
+        return
+    names = {TUNED: found.title, BASE: "base"}
+    said = [f"{names[which]} {count:,} of {whole:,}" for which, (count, whole) in reversed(counts.items())]
+    said = said if found.compares else [said[0].removeprefix(f"{found.title} ")]
+    kinds = {kind for _, kind in found.finals.kinds}
+    what = min(kinds) if len(kinds) == 1 and kinds != {"text"} else "final answer"
+    yield f"no {what} found: {', '.join(said)}; these count as wrong"
+
+
+def _chains(found: Evaluation) -> Iterator[str]:
+    """How often a model is right after its own rationales and after those of the data, and how good its own are."""
+    if not found.chains:
+        return
+    names = {TUNED: found.title, BASE: "base model"}
+    rows = [(names[which], each) for which, each in reversed(found.chains.items())]
+    count = rows[0][1].token_f1.n
+    yield f"{found.scores[found.headline].title} of {_counted(count, 'answer')} after a rationale, with 95 % intervals"
+    yield f"{'written by':<14}  {'the model':<18}  {'the data':<18}  difference"
+    for name, each in rows:
+        yield f"{name:<14}  {_sure(each.own):<18}  {_sure(each.given):<18}  {_sure(each.carried, '+')}"
+    yield f"{'rationales':<14}  {'token F1':<18}  {'exact match':<18}  never ended  empty"
+    for name, each in rows:
+        cut, empty = f"{each.unended:,} of {count:,}", f"{each.empty:,}"
+        yield f"{name:<14}  {_sure(each.token_f1):<18}  {_sure(each.exact_match):<18}  {cut:>11}  {empty:>5}"
+    carried = found.chains[TUNED].carried
+    between = f", 95 % {100 * carried.low:.1f} to {100 * carried.high:.1f}" if math.isfinite(carried.low) else ""
+    noise = "; within noise" if between and carried.low <= 0 <= carried.high else ""
+    yield f"carried over from rationales: {100 * carried.value:.1f} points{between}{noise}"
+
+
+_NAMES = 24  # letters of a task's name, and more where there is place
+
+
+def _tasks(found: Evaluation) -> Iterator[str]:
+    """The headline of each task, with the mean over tasks and what is over all questions."""
+    if found.of_tasks is None:
+        return
+    spare = max(0, min(_WIDEST, shutil.get_terminal_size().columns) - 80)
+    headline = found.scores[found.headline]
+    rows = {**found.of_tasks.each, "mean over tasks": found.of_tasks.mean, "all questions": headline}
+    width = min(max(map(len, (*rows, headline.title))), _NAMES + spare)
+    heads = f"{'base':>6}  {'fine-tuned, 95 %':<18}  difference, 95 %" if found.compares else f"{found.title}, 95 %"
+    yield f"{headline.title:<{width}} {'n':>5} {heads}"
+    for name, score in rows.items():
+        short = name if len(name) <= width else name[: width - 1] + "…"
+        n = "" if score is found.of_tasks.mean else f"{score.tuned.n:,}"
+        base = f"{_value(score.base.value):>6}  " if score.base else ""
+        between = f"{_sure(score.difference, '+')}" if score.difference else ""
+        yield f"{short:<{width}} {n:>5} {base}{_sure(score.tuned):<18}  {between}".rstrip()
+
+
+def _sure(one: Estimate, sign: str = "") -> str:
+    """A value with its interval in two digits."""
+    between = f" {one.low:{sign}.2f} to {one.high:{sign}.2f}" if math.isfinite(one.low) else ""
+    return f"{_value(one.value, sign)}{between}"
+
+
 def _value(value: float, sign: str = "") -> str:
     if not math.isfinite(value):
         return "-"
@@ -170,6 +234,8 @@ def _shown(one: Prediction) -> Iterator[str]:
     width = min(_WIDEST, max(40, shutil.get_terminal_size().columns)) - 1
     yield f"  {one.id}"
     lines = [("question", one.question), ("expected", one.expected), ("got", one.answer)]
+    if thought := one.thoughts.get(TUNED):
+        lines[1:1], lines[-1:-1] = [("rationale", one.rationale or "")], [("thought", thought.rationale)]
     for name, text in lines if one.base is None else [*lines, ("base", one.base)]:
         short = textwrap.shorten(" ".join(text.split()), 3 * (width - 12), placeholder=" ...") or "(nothing)"
         yield from textwrap.wrap(short, width, initial_indent=f"  {name:<9} ", subsequent_indent=" " * 12)
@@ -181,6 +247,7 @@ def _notes(found: Evaluation) -> Iterator[str]:
         notes.append(f"fewer than {FEW} questions: intervals of so few are narrower than they should be")
     if any(math.isnan(each.low) for score in found.scores.values() for each in score.columns().values() if each.n > 1):
         notes.append("where every question scored the same there is no interval: drawn again they tell nothing of others")
+    notes += _enough(found)
     if found.text:
         notes += _notes_of_text(found, found.text)
     elif not found.predictions and found.settings.get("questions") != 0:
@@ -188,6 +255,17 @@ def _notes(found: Evaluation) -> Iterator[str]:
     width = min(_WIDEST, max(40, shutil.get_terminal_size().columns)) - 1
     for note in notes:
         yield from textwrap.wrap(note, width, initial_indent="note      ", subsequent_indent=" " * 10)
+
+
+def _enough(found: Evaluation) -> Iterator[str]:
+    """Whether there are questions enough to tell models apart."""
+    if not found.predictions:
+        return
+    score = found.scores[found.headline]
+    yield enough.told(len(found.predictions), found.likely_accuracy, score.title)
+    difference, discordance = score.difference, found.discordance
+    if difference and discordance and score.within_noise and difference.value:
+        yield enough.told_of_two(difference.value, found.likely_accuracy, discordance, score.title)
 
 
 def _notes_of_text(found: Evaluation, text: dict[str, Any]) -> Iterator[str]:

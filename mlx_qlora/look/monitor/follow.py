@@ -17,7 +17,7 @@ from mlx_qlora.look.history import History, dotted, number
 from mlx_qlora.run.metrics import NAME
 
 LAST = 500  # updates whose lines are kept whole
-KEPT = ("loss", "tokens", "peak_memory_gb", "elapsed_s")  # figures of all updates: 8 bytes each, where a line takes a kB
+KEPT = ("loss", "ce", "tokens", "peak_memory_gb", "elapsed_s")  # figures of all updates: 8 bytes each, where a line takes a kB
 
 Line = dict[str, Any]
 

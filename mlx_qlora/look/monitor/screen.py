@@ -128,14 +128,14 @@ def _bar(share: float, width: int, unicode: bool) -> Text:
 
 
 def _span(history: History) -> tuple[float, float]:
-    steps = history.figures("loss")[0]
+    steps = history.figures(history.trained_loss)[0]
     every = [*steps[:1].tolist(), *steps[-1:].tolist(), *(report.step for report, _ in history.validations)]
     return (min(every), max(max(every), min(every) + 1)) if every else (0, 1)
 
 
 def _loss_chart(run: Seen, width: int, height: int, unicode: bool) -> list[Text]:
     history = run.history
-    steps, losses = history.figures("loss")
+    steps, losses = history.figures(history.trained_loss)
     window = max(1, round(len(steps) / _SMOOTHED))
     validation, sample, best = _marks(unicode)
     reports = [report for report, _ in history.validations]

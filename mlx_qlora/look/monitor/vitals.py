@@ -52,7 +52,7 @@ def facts(run: Seen, unicode: bool) -> list[Fact]:
     """The most important first: a low terminal shows only those."""
     history = run.history
     found = [("time", _time(run)), ("best", _best(history, unicode)), ("stopping", _stopping(history)), ("speed", _speed(run))]
-    found += [("memory", _memory(run)), ("values", _values(history))]
+    found += [("memory", _memory(run)), ("values", _values(history)), ("teacher", _teacher(history))]
     return [fact for fact in found if fact[1]]
 
 
@@ -157,6 +157,14 @@ def _values(history: History) -> str:
     rollbacks = int(line.get("rollbacks") or 0)
     said += f", {skipped:.0f} skipped" if skipped > 0 else ""
     return said + (f", went back {rollbacks} time{'s' if rollbacks > 1 else ''}" if rollbacks else "")
+
+
+def _teacher(history: History) -> str:
+    """What the last update learnt from: what the validation loss is compared with is the cross-entropy here, not the loss."""
+    if not history.lines or "kd" not in history.lines[-1]:
+        return ""
+    far, own, warm, share = (number(history.lines[-1].get(name)) for name in ("kd", "ce", "temperature", "alpha"))
+    return f"divergence {far:.4f}, cross-entropy {own:.4f}; temperature {warm:g}, alpha {share:g}"
 
 
 def gap_words(report: EvalReport, unicode: bool) -> str:

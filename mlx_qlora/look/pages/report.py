@@ -154,6 +154,9 @@ def cards(history: History) -> str:
     if math.isfinite(tokens := number(history.exposure.get("tokens_seen"))):
         passes = number(history.exposure.get("passes"))
         found.append(("tokens seen", rough(tokens), f"{short(passes)} passes" if math.isfinite(passes) else ""))
+    told: Any = summary.get("teaching")
+    if isinstance(told, dict) and math.isfinite(last := number(told.get("kd_last"))):
+        found.append(("from the teacher", f"{last:.3f}", f"divergence, {figure(number(told.get('kd_first')), '.3f')} at first"))
     speed, memory = _of(history, "tokens_per_second"), _of(history, "peak_memory_gb")
     found.append(("speed", f"{figure(speed, ',.0f')} tok/s", took(history)))
     found.append(("peak memory", _memory(memory), safe(summary.get("device") or "")))

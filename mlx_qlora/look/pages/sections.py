@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_qlora.assets import EMBEDDED, embedded_model
+from mlx_qlora.assets import packaged
 from mlx_qlora.data.audit import Audit
 from mlx_qlora.files import json_lines, json_object
 from mlx_qlora.look.account import parts
@@ -20,6 +20,7 @@ from mlx_qlora.look.evaluation.scores import title
 from mlx_qlora.look.exposure import human, short
 from mlx_qlora.look.gap import gap_text, grade
 from mlx_qlora.look.history import History, number
+from mlx_qlora.look.pages.finals import finals
 from mlx_qlora.look.pages.page import cut, figure, listing, safe, table
 from mlx_qlora.look.samples import NAME as SAMPLES
 from mlx_qlora.run.folder import delivered
@@ -110,6 +111,7 @@ def evaluation(run: Told) -> Iterator[str]:
     rows = [row for row in rows if row[1] != "–" or row[2] != "–"]
     if rows:
         yield table(("", "base model", "fine-tuned", "difference"), rows)
+    yield from finals(found, _interval, _difference)
     classes = found.get("classes")
     if isinstance(classes, Mapping) and classes:
         names = ("precision", "recall", "f1", "support")
@@ -180,7 +182,10 @@ def samples(run: Told) -> Iterator[str]:
 
 
 def _sample(line: Mapping[str, Any]) -> str:
-    texts = (("question", "question"), ("expected", "expected"), ("before", "base"), ("after", "answer"))
+    texts = (
+        ("question", "question"), ("rationale", "rationale"), ("expected", "expected"), ("before", "base"),
+        ("thought", "own_rationale"), ("after", "answer"),
+    )  # fmt: skip
     pieces = "".join(f"<dt>{said}</dt><dd>{cut(line[name])}</dd>" for said, name in texts if isinstance(line.get(name), str))
     if said := _scored(line):
         pieces += f'<dt>scores</dt><dd class="soft">{safe(said)}</dd>'
@@ -261,7 +266,7 @@ def usage(run: Told) -> Iterator[str]:
         return
     best, whole = kept.parent, kept.parent.name == "model"
     name = str(run.history.settings.get("model") or run.history.summary.get("model") or "MODEL")
-    here = embedded_model() if name == EMBEDDED else Path(name).expanduser()
+    here = packaged(name) or Path(name).expanduser()
     model = str(here.resolve()) if here.is_dir() else name
     question = str(run.answers[0].get("question")) if run.answers else "..."
     own = shlex.quote(str(best))

@@ -23,7 +23,8 @@ def loss(axes: Axes, runs: Sequence[Drawn]) -> None:
     noisy: list[tuple[float, int]] = []
     sparse: list[tuple[float, int]] = []
     for run in runs:
-        noisy += _noisy(axes, run, "loss")
+        noisy += _noisy(axes, run, run.history.trained_loss)
+        sparse += _from_teacher(axes, run) if run.alone else []
         for which in _VALIDATED if run.alone else _VALIDATED[:1]:
             sparse += _validated(axes, run, which)
         _marks(axes, run)
@@ -41,6 +42,16 @@ def loss(axes: Axes, runs: Sequence[Drawn]) -> None:
         axes.plot([step], [1.0], "^", color=runs[0].theme.ink, markersize=5, clip_on=False, label="above",
                   transform=axes.get_xaxis_transform())  # fmt: skip
     return _legend(axes, runs)
+
+
+def _from_teacher(axes: Axes, run: Drawn) -> list[tuple[float, int]]:
+    """How far a student is from its teacher, smooth; of a run without one, nothing."""
+    steps, values = run.history.column("kd")
+    if steps:
+        curve = smooth(values)
+        axes.plot(*_drawable(axes, steps, curve), color=run.theme.soft, linewidth=1.3, linestyle=":", label="kd", zorder=2)
+        return list(zip(curve.tolist(), steps, strict=True))
+    return []
 
 
 def _aside(axes: Axes, text: str) -> None:
@@ -104,7 +115,9 @@ def _legend(axes: Axes, runs: Sequence[Drawn]) -> None:
     said: dict[str, str] = {}
     if runs[0].alone:
         history = runs[0].history
-        said = {"loss": "training, each update", "loss_smooth": "training, smooth"}
+        trained, of = history.trained_loss, " cross-entropy" if history.trained_loss == "ce" else ""
+        said = {trained: f"training{of}, each update", f"{trained}_smooth": f"training{of}, smooth"}
+        said |= {"kd": "divergence from the teacher, smooth"}
         said |= {column: f"{what}, ± 95 %" for column, what, _ in _VALIDATED}
         if history.best:
             said["best"] = f"best: {history.best[0].val_loss:.4g} at update {history.best[0].step:,}"
