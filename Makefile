@@ -95,6 +95,8 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/recorder.py
 	$(BIN)/python benchmarks/phases.py
 	$(BIN)/python benchmarks/saving.py
+	$(BIN)/python benchmarks/kept_logits.py
+	$(BIN)/python benchmarks/distill_memory.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
