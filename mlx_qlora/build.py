@@ -157,7 +157,7 @@ class Ready:
 def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
     """Read, load, attach, lay out; claim the folder last, so that a wrong setting or row leaves nothing behind."""
     folder = Path(config.output_dir).expanduser()
-    source, render, batch = config.part(SourceConfig), config.part(RenderConfig), config.part(BatchConfig)
+    source, batch = config.part(SourceConfig), config.part(BatchConfig)
     optim_config = config.part(OptimConfig)
     sources = find(source)  # before the model is loaded: a wrong path is said at once
     if config.streaming and config.max_steps is None:
@@ -177,16 +177,7 @@ def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
         console.fact("teacher", *teaching.describe, *doubts(flat(config.plain())))
     mx.eval(loaded.model.parameters())
     enter("tokenise")
-    corpus = gather(
-        source,
-        render,
-        loaded.tokenizer,
-        config.seed,
-        console.preparing,
-        sources=sources,
-        windows=config.part(WindowConfig),
-        from_nothing=bool(config.preset),
-    )
+    corpus = read_corpus(config, loaded.tokenizer, console, sources)
     account = audit(corpus, look_at=LOOK_AT)
     console.account(account)
     if teaching:
@@ -254,6 +245,20 @@ def build(config: RunConfig, console: Console, enter: Enter) -> Ready:
             "planned_steps": total,
         },
         checkpoint=found,
+    )
+
+
+def read_corpus(config: RunConfig, tokenizer: Any, console: Console, sources: tuple[Source, ...] | None = None) -> Corpus:
+    """A run's data, by its settings, in a tokenizer's tokens."""
+    return gather(
+        config.part(SourceConfig),
+        config.part(RenderConfig),
+        tokenizer,
+        config.seed,
+        console.preparing,
+        sources=sources,
+        windows=config.part(WindowConfig),
+        from_nothing=bool(config.preset),
     )
 
 

@@ -14,13 +14,11 @@ from typing import Any
 
 import tyro
 
-from mlx_qlora.build import new_model, new_tokenizer
+from mlx_qlora.build import new_model, new_tokenizer, read_corpus
 from mlx_qlora.config import RunConfig, parse
-from mlx_qlora.data.corpus import Corpus, gather
+from mlx_qlora.data.corpus import Corpus
 from mlx_qlora.data.exposure import Exposure
-from mlx_qlora.data.render import RenderConfig
 from mlx_qlora.data.sources import SourceConfig, find
-from mlx_qlora.data.windows import WindowConfig
 from mlx_qlora.engine.memory import Memory, MemoryConfig
 from mlx_qlora.errors import ConfigError, require
 from mlx_qlora.foresee import longest
@@ -97,7 +95,7 @@ def _run(config: RunConfig, asked: _Asked) -> int:
     loaded = _outlined(config, read, console)
     trained = _trained(config, loaded, console) if loaded else None
     sizes = (trained.trainable, trained.total) if trained else (given, given)
-    corpus = _data(config, loaded.tokenizer, console) if read and loaded else None
+    corpus = read_corpus(config, loaded.tokenizer, console) if read and loaded else None
     exposure = planned(config, corpus, *sizes) if corpus else of_tokens(config, tokens, *sizes) if tokens else None
     beyond = other(Path(asked.compare_with).expanduser(), others, console.preparing) if asked.compare_with else None
     pace = measure(config, console.say) if asked.measure else None
@@ -179,19 +177,6 @@ def _trained(config: RunConfig, loaded: Loaded, console: Console) -> Trained:
     loaded.model.train()
     console.fact(trained.name, *trained.describe)
     return trained
-
-
-def _data(config: RunConfig, tokenizer: Any, console: Console) -> Corpus:
-    source, render = config.part(SourceConfig), config.part(RenderConfig)
-    return gather(
-        source,
-        render,
-        tokenizer,
-        config.seed,
-        console.preparing,
-        windows=config.part(WindowConfig),
-        from_nothing=bool(config.preset),
-    )
 
 
 # Exposure

@@ -19,16 +19,14 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_qlora.build import LOOK_AT, new_model, new_tokenizer
+from mlx_qlora.build import LOOK_AT, new_model, new_tokenizer, read_corpus
 from mlx_qlora.config import RunConfig
 from mlx_qlora.data.audit import audit
-from mlx_qlora.data.corpus import Corpus, gather
+from mlx_qlora.data.corpus import Corpus
 from mlx_qlora.data.kept_logits import text_digest, vocabulary_digest
 from mlx_qlora.data.layout import Layout, lay_out, smaller, supervised_marks
 from mlx_qlora.data.logit_shards import Card, Records, Writer, matmul_of, open_writer, require_folder
-from mlx_qlora.data.render import RenderConfig
 from mlx_qlora.data.sources import SourceConfig, find
-from mlx_qlora.data.windows import WindowConfig
 from mlx_qlora.distilling.across import Crossing, Renaming, crossing
 from mlx_qlora.distilling.condense import condense, draws
 from mlx_qlora.engine.room import Room
@@ -76,16 +74,7 @@ def make(config: RunConfig, wanted: Wanted, console: Console) -> int:
     require_folder(folder)
     sources = find(config.part(SourceConfig))
     student = _student(config, sources, console)
-    corpus = gather(
-        config.part(SourceConfig),
-        config.part(RenderConfig),
-        student.tokenizer,
-        config.seed,
-        console.preparing,
-        sources=sources,
-        windows=config.part(WindowConfig),
-        from_nothing=bool(config.preset),
-    )
+    corpus = read_corpus(config, student.tokenizer, console, sources)
     console.account(audit(corpus, look_at=LOOK_AT))
     teacher = load(config.distill.teacher, config.matmul, {} if config.overwrite else matmul_of(folder))
     console.fact("teacher", teacher.describe, backend.describe())
